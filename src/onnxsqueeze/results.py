@@ -1,0 +1,192 @@
+"""What a run writes to results.json: one typed model, and nothing else writes or reads that file.
+
+Metrics and their deltas are fractions (correlations as they are). Ratios are baseline ÷ target: above 1 is better.
+Times are milliseconds where a name ends in ``_ms`` and seconds where it ends in ``_s``. Fields are added within
+``schema`` 1, never changed. Nothing here may hold an absolute path, a host name or a user name.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from onnxsqueeze.errors import DataError
+
+RESULTS_FILE = "results.json"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Split(_Part):
+    """One file of rows, by name and digest."""
+
+    name: str
+    n: int
+    source: str = Field(description="File name or 'generated'; never a path")
+    sha256: str
+    role: Literal["train", "selection", "dev"] = "dev"
+    dropped: int = Field(0, description="Training rows dropped because a selection row holds or is their text")
+    looks: int = Field(0, description="How often this split's figures had been measured on this machine before this run")
+
+
+class TaskRecord(_Part):
+    name: str
+    primary: str
+    max_length: int
+    batch: int = Field(description="Rows a session call when the metric was measured")
+    splits: tuple[Split, ...] = Field(description="The splits whose metrics were measured, in order; the first one decides")
+    training: tuple[Split, ...] = Field((), description="The rows that were trained and chosen on")
+    generated: bool = Field(False, description="True where the sentences come from a grammar, not from people")
+    note: str = ""
+
+
+class Environment(_Part):
+    cpu: str = Field(description="CPU model name")
+    instruction_set: str = Field(description="Best integer instruction set: amx_int8, avx512_vnni, avx_vnni, avx512, avx2, neon, …")
+    features: tuple[str, ...] = ()
+    cores: float = Field(description="Cores this process may use: affinity and cgroup quota")
+    memory_bytes: int
+    os: str
+    python: str
+    versions: dict[str, str]
+    providers: tuple[str, ...] = Field(description="Execution providers that started a session")
+    accelerator: str | None = None
+
+
+class Latency(_Part):
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float | None = Field(description="null below 459 runs: too few to tell")
+    n: int
+    batch: int
+    sequence: int
+    threads: int
+    load_s: float
+    first_run_ms: float
+    min_ms: float
+    max_ms: float
+    warmup: int = Field(description="Runs before the first counted one")
+    steady: bool = Field(description="False where the warm-up ended at its bound")
+    valid: bool = True
+    date: str = Field(description="UTC day of the measurement; older than the run where the store had it")
+
+
+class MetricValue(_Part):
+    value: float
+    ci95: tuple[float, float]
+    n: int
+
+
+class MetricDelta(_Part):
+    delta: float = Field(description="target - baseline on the same rows")
+    ci95: tuple[float, float]
+    p_value: float
+
+
+class VsBaseline(_Part):
+    baseline: str
+    size_ratio: float
+    speedup: float | None
+    speedup_ci95: tuple[float, float] | None
+    speed: Literal["faster", "slower", "tie", "unproven"]
+    metrics: dict[str, dict[str, MetricDelta]]
+    quality: Literal["better", "worse", "tie"]
+
+
+class WeightClass(_Part):
+    """All weights of one class and one stored type in the written file."""
+
+    class_: str = Field(alias="class", description="embedding, attention, feed_forward, head, norm, other")
+    dtype: str
+    n: int
+    zeros: int
+    bytes: int
+
+
+class FileRecord(_Part):
+    path: str = Field(description="Relative to the folder of results.json")
+    sha256: str
+    bytes: int
+
+
+class Gate(_Part):
+    name: str
+    limit: float
+    value: float
+    passed: bool
+
+
+class StageRecord(_Part):
+    id: str
+    kind: str
+    seconds: float = Field(description="What making it took, also where the store had it")
+    changed: dict[str, Any] = Field(description='{"count": …, "what": …, "details": {…}}; counted in the result')
+    reused: bool = Field(False, description="True where the store had it")
+    skipped: str | None = Field(None, description="Why the stage was skipped")
+    key: str | None = None
+
+
+class Target(_Part):
+    """One target's numbers: a record."""
+
+    name: str
+    backend: str
+    provider: str
+    status: Literal["ok", "skipped", "failed"]
+    baseline: bool = False
+    reason: str | None = None
+    remedy: str | None = None
+    model: str | None = Field(None, description="The .onnx, relative to the folder of results.json")
+    size_bytes: int | None = None
+    size_gzip_bytes: int | None = None
+    tokenizer_bytes: int | None = None
+    latency: Latency | None = None
+    latencies: tuple[Latency, ...] = ()
+    metrics: dict[str, dict[str, MetricValue]] = Field(default_factory=dict)
+    vs_baseline: VsBaseline | None = None
+    files: tuple[FileRecord, ...] = ()
+    weights: tuple[WeightClass, ...] = ()
+    operators: dict[str, int] = Field(default_factory=dict, description="Nodes per operator in the written file")
+    stages: tuple[StageRecord, ...] = Field((), description="The whole chain from the starting model to this file")
+    gates: tuple[Gate, ...] = ()
+    extra: dict[str, Any] = Field(default_factory=dict, description="Per stage or measure kind")
+
+
+class Results(_Part):
+    schema_: Literal[1] = Field(1, alias="schema")
+    recipe: str
+    recipe_sha256: str
+    seed: int
+    command: str
+    model: str = Field(description="Name of the starting checkpoint")
+    model_sha256: str
+    task: TaskRecord
+    environment: Environment
+    stages: tuple[StageRecord, ...] = Field(description="The shared stages")
+    targets: tuple[Target, ...]
+    date: str = Field(description="UTC day of the run")
+
+    def to_json(self) -> str:
+        """The text of results.json: stable order, two spaces, final newline."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False) + "\n"
+
+
+def read_results(path: Path) -> Results:
+    """Read ``results.json``, or the one inside the folder ``path``.
+
+    Raises DataError where there is none or it is not of schema 1.
+    """
+    file = path / RESULTS_FILE if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}", remedy="give the output folder of `onnxsqueeze run`, or its results.json") from error
+    try:
+        return Results.model_validate_json(text)
+    except ValueError as error:
+        raise DataError(f"{file}: is not a record of schema 1: {error}", remedy="write it again with `onnxsqueeze run`") from error

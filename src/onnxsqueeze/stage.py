@@ -1,0 +1,103 @@
+"""What a stage is: frozen settings, what it takes and gives, and one method that does the work.
+
+A stage reads a parent (and perhaps a teacher), writes a model folder and says what it changed. It knows no other
+stage, no store and no dev set. What every stage needs done around it (key, atomic write, timing, checking the result)
+is the loop's work: `onnxsqueeze.pipeline`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from onnxsqueeze.artifact import Artifact
+from onnxsqueeze.tasks.rows import SplitRows, TaskInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+# What lies between two stages. "checkpoint": PyTorch; the others are .onnx files: with float32 weights and activations,
+# with some weights or activations in integers, with float16 activations.
+State = Literal["checkpoint", "onnx", "onnx-int", "onnx-fp16"]
+
+
+class Progress(Protocol):
+    """Where a stage says how far it is; called often, must be cheap."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """``done`` of ``total`` units; ``note`` is shown beside the bar ("epoch 2/3, loss 0.31")."""
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What a stage changed, counted in the files it wrote. A count of 0 is an error: quantizers fail by silence."""
+
+    count: int
+    what: str  # the unit: "tensors", "weights", "nodes", "layers"
+    details: Mapping[str, Any] = field(default_factory=dict)  # JSON values for the record: scores per epoch, sparsity, …
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything a stage may use besides its parent and teacher. It holds no dev rows.
+
+    ``select(logits[n, outputs])`` gives the task's primary metric on the selection rows, in their order: higher is better.
+    ``checkpoint`` is a folder that survives a killed process and is the same when the same stage is started again.
+    ``threads`` is what PyTorch and ONNX Runtime may use.
+    """
+
+    task: TaskInfo
+    train: SplitRows
+    selection: SplitRows
+    select: Callable[[NDArray[np.float32]], float]
+    seed: int
+    threads: int
+    batch: int  # rows a call at which the model will be served
+    checkpoint: Path
+    progress: Progress
+
+
+class Stage(BaseModel):
+    """Settings of one stage. Subclasses set the class variables, add fields, and implement `run`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    takes: ClassVar[tuple[State, ...]]
+    gives: ClassVar[State]
+    version: ClassVar[int] = 1  # raise it when the same settings give other bytes: old results are then made anew
+    tools: ClassVar[tuple[str, ...]] = ()  # distributions whose version can change the bytes
+    uses_data: ClassVar[bool] = False  # the rows join the key
+    uses_seed: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
+
+    kind: str
+    id: str | None = Field(None, description="Name of this stage in the recipe; default: its kind", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+
+    @property
+    def name(self) -> str:
+        """The stage's id in its recipe."""
+        return self.id or self.kind
+
+    def machine_bound(self) -> bool:
+        """True where the bytes depend on the CPU (bf16 training, tuned graphs): CPU model, instruction set and threads join the key."""
+        return False
+
+    def refuses(self, backend: str) -> str | None:
+        """Why this stage makes no sense for a backend ("cpu", "cuda", …), or None. Checked before anything runs."""
+        return None
+
+    def unavailable(self) -> tuple[str, str] | None:
+        """(reason, remedy) where something this stage needs is not installed, else None. Must not import it."""
+        return None
+
+    def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:
+        """Read ``parent`` (and ``teacher``), fill the empty folder ``out``, and say what changed.
+
+        Raises StageError where it cannot be done.
+        """
+        raise NotImplementedError
