@@ -69,7 +69,7 @@ def copy_side_files(parent: Path, out: Path) -> None:
 
 
 def make_durable(folder: Path) -> None:
-    """fsync every file and folder of ``folder``, so that a rename of it never exposes half-written content."""
+    """Fsync every file and folder of ``folder``, so that a rename of it never exposes half-written content."""
     for path in [*folder_files(folder), *(p for p in folder.rglob("*") if p.is_dir()), folder]:
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -1,15 +1,15 @@
 """Every error that onnxsqueeze raises on purpose, and the exit code of each.
 
-    SqueezeError                exit 1   the base: one message, and what to do about it
-    ├── UsageError              exit 2   wrong input: nothing was started
-    │   ├── RecipeError                  faults of a recipe, all at once
-    │   ├── DataError                    rows that are missing, broken or mislabelled
-    │   └── ModelError                   a model that cannot be loaded or is of an unknown family
-    ├── StageError              exit 1   a stage failed, or changed nothing
-    ├── MeasureError            exit 1   a measurement failed
-    ├── StoreError              exit 1   the store or the output folder cannot be written or is damaged
-    ├── GateMissed              exit 3   a gate of the recipe was missed
-    └── Unavailable             exit 1   something is not installed or not on this machine: a skipped row
+SqueezeError                exit 1   the base: one message, and what to do about it
+├── UsageError              exit 2   wrong input: nothing was started
+│   ├── RecipeError                  faults of a recipe, all at once
+│   ├── DataError                    rows that are missing, broken or mislabelled
+│   └── ModelError                   a model that cannot be loaded or is of an unknown family
+├── StageError              exit 1   a stage failed, or changed nothing
+├── MeasureError            exit 1   a measurement failed
+├── StoreError              exit 1   the store or the output folder cannot be written or is damaged
+├── GateMissed              exit 3   a gate of the recipe was missed
+└── Unavailable             exit 1   something is not installed or not on this machine: a skipped row
 """
 
 from __future__ import annotations
@@ -81,13 +81,13 @@ class StoreError(SqueezeError):
     """The store or the output folder cannot be written, or what it holds is damaged."""
 
 
-class GateMissed(SqueezeError):
+class GateMissed(SqueezeError):  # noqa: N818  # what happened, not a mistake of the program
     """A target missed a gate of its recipe."""
 
     exit_code = 3
 
 
-class Unavailable(SqueezeError):
+class Unavailable(SqueezeError):  # noqa: N818  # a fact about the machine
     """Something is not installed or not on this machine: the row is reported as skipped.
 
     ``message`` is the row's reason; ``remedy`` is what the user can do.

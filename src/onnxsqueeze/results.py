@@ -35,17 +35,21 @@ class Split(_Part):
 
 
 class TaskRecord(_Part):
+    """The task, and the rows that were used."""
+
     name: str
     primary: str
     max_length: int
     batch: int = Field(description="Rows a session call when the metric was measured")
     splits: tuple[Split, ...] = Field(description="The splits whose metrics were measured, in order; the first one decides")
     training: tuple[Split, ...] = Field((), description="The rows that were trained and chosen on")
-    generated: bool = Field(False, description="True where the sentences come from a grammar, not from people")
+    generated: bool = Field(default=False, description="True where the sentences come from a grammar, not from people")
     note: str = ""
 
 
 class Environment(_Part):
+    """The machine and the installation, without a name of either."""
+
     cpu: str = Field(description="CPU model name")
     instruction_set: str = Field(description="Best integer instruction set: amx_int8, avx512_vnni, avx_vnni, avx512, avx2, neon, …")
     features: tuple[str, ...] = ()
@@ -59,6 +63,8 @@ class Environment(_Part):
 
 
 class Latency(_Part):
+    """One shape's measured times."""
+
     p50_ms: float
     p90_ms: float
     p99_ms: float | None = Field(description="null below 459 runs: too few to tell")
@@ -77,18 +83,24 @@ class Latency(_Part):
 
 
 class MetricValue(_Part):
+    """A metric with its 95 % interval over ``n`` rows."""
+
     value: float
     ci95: tuple[float, float]
     n: int
 
 
 class MetricDelta(_Part):
+    """Target against baseline on the same rows."""
+
     delta: float = Field(description="target - baseline on the same rows")
     ci95: tuple[float, float]
     p_value: float
 
 
 class VsBaseline(_Part):
+    """A target against its backend's baseline."""
+
     baseline: str
     size_ratio: float
     speedup: float | None
@@ -109,12 +121,16 @@ class WeightClass(_Part):
 
 
 class FileRecord(_Part):
+    """One file of a target's folder."""
+
     path: str = Field(description="Relative to the folder of results.json")
     sha256: str
     bytes: int
 
 
 class Gate(_Part):
+    """One gate of the recipe and what came of it."""
+
     name: str
     limit: float
     value: float
@@ -122,11 +138,13 @@ class Gate(_Part):
 
 
 class StageRecord(_Part):
+    """One stage: what it took and what it changed."""
+
     id: str
     kind: str
     seconds: float = Field(description="What making it took, also where the store had it")
     changed: dict[str, Any] = Field(description='{"count": …, "what": …, "details": {…}}; counted in the result')
-    reused: bool = Field(False, description="True where the store had it")
+    reused: bool = Field(default=False, description="True where the store had it")
     skipped: str | None = Field(None, description="Why the stage was skipped")
     key: str | None = None
 
@@ -158,6 +176,8 @@ class Target(_Part):
 
 
 class Results(_Part):
+    """One run."""
+
     schema_: Literal[1] = Field(1, alias="schema")
     recipe: str
     recipe_sha256: str
@@ -185,7 +205,9 @@ def read_results(path: Path) -> Results:
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}", remedy="give the output folder of `onnxsqueeze run`, or its results.json") from error
+        raise DataError(
+            f"{file}: cannot be read: {error.strerror}", remedy="give the output folder of `onnxsqueeze run`, or its results.json"
+        ) from error
     try:
         return Results.model_validate_json(text)
     except ValueError as error:

@@ -87,7 +87,7 @@ class Stage(BaseModel):
         """True where the bytes depend on the CPU (bf16 training, tuned graphs): CPU model, instruction set and threads join the key."""
         return False
 
-    def refuses(self, backend: str) -> str | None:
+    def refuses(self, backend: str) -> str | None:  # noqa: ARG002  # for those who override it
         """Why this stage makes no sense for a backend ("cpu", "cuda", …), or None. Checked before anything runs."""
         return None
 

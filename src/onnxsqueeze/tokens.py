@@ -38,7 +38,10 @@ class Encoder:
         try:
             self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception for a missing or broken file
-            raise ModelError(f"{folder.name}: tokenizer.json cannot be read: {error}", remedy="save the model's fast tokenizer beside its weights (tokenizer.save_pretrained)") from error
+            raise ModelError(
+                f"{folder.name}: tokenizer.json cannot be read: {error}",
+                remedy="save the model's fast tokenizer beside its weights (tokenizer.save_pretrained)",
+            ) from error
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_length)
         config = folder / "config.json"

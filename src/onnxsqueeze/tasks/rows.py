@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -34,6 +36,7 @@ class TaskInfo:
 
     @property
     def kind(self) -> Literal["classification", "regression"]:
+        """What the label is: a class, or a score."""
         return "classification" if self.labels else "regression"
 
     @property
@@ -52,3 +55,11 @@ class SplitRows:
     sha256: str
     role: Literal["train", "selection", "dev"]
     dropped: int = 0
+
+
+def rows_sha256(rows: Sequence[Row]) -> str:
+    """The sha256 of rows that lie in no file: one JSON array [text, text_pair, label] a line, UTF-8."""
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(json.dumps([row.text, row.text_pair, row.label], ensure_ascii=False).encode() + b"\n")
+    return total.hexdigest()

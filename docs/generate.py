@@ -1,0 +1,158 @@
+"""Write the generated pages of docs/: the command line, the recipe reference and the recipe's JSON schema.
+
+`make docs` runs this; a test checks that the pages say what the code says.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import typer.main
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from onnxsqueeze.cli import app
+from onnxsqueeze.measure.settings import MeasureSettings
+from onnxsqueeze.recipe import Gates, Recipe, Target, json_schema
+from onnxsqueeze.results import Results
+from onnxsqueeze.stage import Stage
+from onnxsqueeze.stages import AnyStage
+from onnxsqueeze.tasks.settings import TaskSettings
+
+DOCS = Path(__file__).parent
+_MADE = "<!-- made by docs/generate.py (`make docs`); do not edit -->\n\n"
+
+
+def pages() -> dict[str, str]:
+    """File name → content of every generated page."""
+    return {
+        "cli.md": _cli(),
+        "recipe.md": _recipe(),
+        "recipe.schema.json": json.dumps(json_schema(), indent=2) + "\n",
+        "results.schema.json": json.dumps(Results.model_json_schema(by_alias=True), indent=2) + "\n",
+    }
+
+
+def _cli() -> str:
+    root: Any = typer.main.get_command(app)
+    parts = [_MADE, "# Command line\n\n", f"{_plain(root.help)}\n\n", _block(root.epilog)]
+    for name, command in root.commands.items():
+        parts.append(f"## onnxsqueeze {name}\n\n{_plain(command.help)}\n\n")
+        arguments = [p for p in command.params if p.param_type_name == "argument"]
+        options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
+        parts.append(
+            f"    onnxsqueeze {name} {' '.join(p.metavar or p.name.upper() for p in arguments)}{' [OPTIONS]' if options else ''}\n\n"
+        )
+        if options:
+            parts.append("| option | meaning |\n| --- | --- |\n")
+            parts += [
+                f"| `{', '.join(p.opts)}{_metavar(p)}` | {_plain(p.help)}{' Repeatable.' if p.multiple and 'repeatable' not in p.help else ''} |\n"
+                for p in options
+            ]
+            parts.append("\n")
+        parts.append(_block(command.epilog))
+    return "".join(parts).rstrip() + "\n"
+
+
+def _metavar(option: Any) -> str:
+    if option.is_flag:
+        return ""
+    return f" {option.metavar or option.type.name.upper()}"
+
+
+def _plain(text: str | None) -> str:
+    return (text or "").replace("[b]", "`").replace("[/b]", "`").strip()
+
+
+def _block(epilog: str | None) -> str:
+    lines = [line for line in (epilog or "").split("\n") if line.strip()]
+    return (
+        "".join(f"    {line.strip()}\n" if line.startswith("  ") else f"\n{line}\n\n" for line in lines).strip("\n") + "\n\n"
+        if lines
+        else ""
+    )
+
+
+def _recipe() -> str:
+    parts = [
+        _MADE,
+        "# Recipe reference\n\n",
+        "A recipe says how to squeeze; `--task` and `--model` say what. Every key below; unknown keys are errors.\n\n",
+    ]
+    sections: list[tuple[str, str, type[BaseModel]]] = [
+        ("The recipe", "", Recipe),
+        ("targets[]", "", Target),
+        ("task", "A task's name alone (`task: sst2`) stands for `{name: sst2}`.", TaskSettings),
+        ("measure", "", MeasureSettings),
+        ("gates", "", Gates),
+    ]
+    for title, note, model in sections:
+        parts.append(f"## {title}\n\n{_first(model)}{' ' + note if note else ''}\n\n{_table(model)}\n")
+    parts.append("## Stages\n\nEvery stage takes `kind` and, where two of a chain are alike, `id`.\n\n")
+    parts += [_stage(stage) for stage in get_args(get_args(AnyStage)[0])]
+    return "".join(parts).rstrip() + "\n"
+
+
+def _stage(stage: type[Stage]) -> str:
+    kind = get_args(stage.model_fields["kind"].annotation)[0]
+    flow = f"takes {' or '.join(stage.takes)}, gives {stage.gives}"
+    table = _table(stage, skip=("kind", "id"))
+    return f"### {kind}\n\n{_first(stage)} ({flow})\n\n{table or 'No settings.'}\n"
+
+
+def _first(model: type[BaseModel]) -> str:
+    return " ".join((model.__doc__ or "").strip().split("\n\n")[0].split())
+
+
+def _table(model: type[BaseModel], skip: tuple[str, ...] = ()) -> str:
+    rows = []
+    schema = model.model_json_schema(by_alias=True)["properties"]
+    for name, field in model.model_fields.items():
+        if name in skip:
+            continue
+        key = field.alias or name
+        default = (
+            "required"
+            if field.is_required()
+            else _default(field.default if field.default is not PydanticUndefined else field.get_default(call_default_factory=True))
+        )
+        rows.append(f"| `{key}` | {_type(schema[key])} | {default} | {field.description or ''} |\n")
+    return "| key | type | default | meaning |\n| --- | --- | --- | --- |\n" + "".join(rows) if rows else ""
+
+
+def _default(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return "see below"
+    if value is None or value in ((), ""):
+        return "–"
+    if isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
+        value = [json.loads(v.model_dump_json(exclude_defaults=True)) for v in value]
+    return f"`{json.dumps(value)}`"
+
+
+def _type(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        kinds = [_type(s) for s in schema["anyOf"] if s.get("type") != "null"]
+        return " or ".join(dict.fromkeys(kinds))
+    if "enum" in schema:
+        return ", ".join(f"`{v}`" for v in schema["enum"])
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    if "$ref" in schema:
+        return "mapping"
+    if schema.get("type") == "array":
+        return "list"
+    words = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true/false", "object": "mapping"}
+    text = words.get(str(schema.get("type")), "stage" if "discriminator" in schema else "value")
+    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {schema[key]}" for key, sign in bounds.items() if key in schema]
+    return f"{text} {', '.join(limits)}".strip()
+
+
+if __name__ == "__main__":
+    for file, text in pages().items():
+        (DOCS / file).write_text(text, encoding="utf-8")
+        sys.stdout.write(f"wrote docs/{file}\n")

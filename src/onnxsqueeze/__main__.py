@@ -1,0 +1,5 @@
+"""`python -m onnxsqueeze`."""
+
+from onnxsqueeze.cli import main
+
+main()

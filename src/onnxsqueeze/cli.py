@@ -1,0 +1,233 @@
+"""The command line: parse, call, print, exit code. What it calls is imported when a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from onnxsqueeze import __version__
+from onnxsqueeze.errors import SqueezeError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from onnxsqueeze.pipeline import Prepared
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+app = typer.Typer(
+    name="onnxsqueeze",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Turn an encoder model into the smallest and fastest [b].onnx[/b] that still does its job, per hardware backend, with the evidence.",
+    epilog="Examples:\n\n"
+    "  onnxsqueeze run recipes/qdp.yaml\n\n"
+    "  onnxsqueeze run recipes/qdp.yaml --task sst2 --data-dir glue/ --model sentence-transformers/all-MiniLM-L6-v2\n\n"
+    "  onnxsqueeze check recipes/qdp.yaml && onnxsqueeze doctor\n\n"
+    "Exit codes: 0 done, 1 a stage or measurement failed, 2 wrong recipe or usage, 3 a gate was missed, 130 interrupted.",
+)
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML, e.g. recipes/qdp.yaml", show_default=False)]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Put one value into the recipe, e.g. [b]stages.finetune.epochs=2[/b] or [b]targets.int8-ort.stages.0.opset=17[/b]; repeatable",
+        show_default=False,
+    ),
+]
+
+
+def _tasks(incomplete: str) -> list[str]:
+    from onnxsqueeze.tasks.settings import NAMES
+
+    return [name for name in NAMES if name.startswith(incomplete)]
+
+
+def _backends(incomplete: str) -> list[str]:
+    from onnxsqueeze import backends
+
+    return [name for name in backends.known() if name.startswith(incomplete)]
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    *,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"onnxsqueeze {__version__}")
+        raise typer.Exit
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  onnxsqueeze run recipes/qdp.yaml                          the embedded model and task, offline\n\n"
+    "  onnxsqueeze run recipes/q.yaml --task mrpc --data-dir glue/   GLUE's TSV files from a folder\n\n"
+    "  onnxsqueeze run recipes/qdp.yaml --model ./my-bert --dry-run  what would be made, and what the store has\n\n"
+    "  onnxsqueeze run recipes/qdp.yaml --set stages.distill.layers=4 --out runs/four\n\n"
+    "A run that was killed goes on where it was: give the same command again."
+)
+def run(
+    recipe: Recipe,
+    *,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="GLUE task (sst2, cola, mrpc, stsb, qqp, mnli, qnli, rte, wnli) or toy, instead of the recipe's",
+            autocompletion=_tasks,
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME_OR_DIR", help="Checkpoint to start from: a folder, 'minilm', or a name on the Hub", show_default=False),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder of GLUE files (SST-2/train.tsv, …); default: $ONNXSQUEEZE_GLUE_DIR, else the Hub", show_default=False),
+    ] = None,
+    set_: Sets = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where results.json, the reports and a folder per target go; default: runs/RECIPE-TASK", show_default=False),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's seed", show_default=False)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be made and stop")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the store has measurements of")] = False,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="BACKEND",
+            help="Fail (exit 1) where a target of this backend is skipped; repeatable",
+            autocompletion=_backends,
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Make every target of a recipe, measure it, and write the record and its reports."""
+    from onnxsqueeze import pipeline
+    from onnxsqueeze.console import Watcher
+    from onnxsqueeze.report.terminal import print_summary
+    from onnxsqueeze.store import Store
+
+    request = pipeline.Request(recipe, task, model, data_dir, tuple(set_ or ()), out, seed, fresh=fresh, require=tuple(require or ()))
+    prepared = pipeline.prepare(request)
+    with Watcher() as watcher:
+        store = Store(Store.default_root(), tell=watcher.say)
+        if dry_run:
+            _print_plan(prepared, store)
+            return
+        try:
+            outcome = pipeline.run(prepared, store, watcher)
+        except KeyboardInterrupt:
+            watcher.end("interrupted: finished stages and epochs are in the store; the same command goes on from there")
+            raise typer.Exit(INTERRUPTED) from None
+    print_summary([outcome.results], Console(highlight=False))
+    typer.echo(f"record and reports: {outcome.out}/results.json, report.md, report.html")
+    for problem in outcome.problems:
+        _complain(problem)
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command(epilog="Example:\n\n  onnxsqueeze check recipes/qdp.yaml --set stages.distill.layers=4")
+def check(recipe: Recipe, *, set_: Sets = None) -> None:
+    """Read a recipe and report every fault in it at once, with line and nearest word; nothing is made."""
+    from onnxsqueeze.recipe import load
+
+    loaded = load(recipe, set_ or ()).recipe
+    shared = " → ".join(stage.name for stage in loaded.stages) or "no shared stage"
+    typer.echo(
+        f"{recipe}: fine: {shared}; {len(loaded.targets)} target{'s' if len(loaded.targets) != 1 else ''}: {', '.join(target.name for target in loaded.targets)}"
+    )
+
+
+@app.command(
+    epilog="Examples:\n\n  onnxsqueeze report runs/qdp-toy                           a table on the terminal\n\n"
+    "  onnxsqueeze report runs/qdp-mrpc runs/qdp-sst2 -o both.html   one page for both runs"
+)
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR…", help="Output folders of `run`, or their results.json", show_default=False)
+    ],
+    *,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="A page to write: .html or .md; default: a table on the terminal", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Draw the report of one or more runs again, from their records alone."""
+    from onnxsqueeze.report.html import html
+    from onnxsqueeze.report.markdown import markdown
+    from onnxsqueeze.report.terminal import print_summary
+    from onnxsqueeze.results import read_results
+
+    results = [read_results(folder) for folder in runs]
+    if output is None:
+        print_summary(results, Console(highlight=False))
+        return
+    forms = {".html": html, ".md": markdown}
+    if output.suffix not in forms:
+        raise UsageError(
+            f"-o {output}: unknown kind of report {output.suffix!r}{nearest(output.suffix, list(forms))}",
+            remedy="name a file that ends in .html or .md",
+        )
+    from onnxsqueeze.store import write_atomically
+
+    write_atomically(output, forms[output.suffix](results).encode())
+    typer.echo(f"wrote {output}")
+
+
+@app.command(epilog="Example:\n\n  onnxsqueeze doctor")
+def doctor() -> None:
+    """Show versions, CPU features, the cores this process may use, and the providers that really start a session."""
+    from onnxsqueeze.doctor import print_doctor
+
+    print_doctor(Console(highlight=False))
+
+
+def _print_plan(prepared: Prepared, store: Any) -> None:
+    """What a run would make, a line a stage."""
+    console = Console(highlight=False, soft_wrap=True)
+    plan = prepared.plan
+    info = prepared.task.info
+    console.print(
+        f"task {info.name} ({len(prepared.task.train.rows):,} training rows, {len(prepared.task.selection.rows):,} selection rows), model {prepared.start.name}, seed {prepared.seed}"
+    )
+
+    def line(step: Any, indent: str) -> None:
+        state = "skipped" if step.skipped else "in the store" if store.has(step.key) else "to be made"
+        console.print(f"{indent}{step.stage.name:<20} {step.key.removeprefix('model:')[:12]}  {state}")
+
+    console.print("shared stages:")
+    for step in plan.shared:
+        line(step, "  ")
+    for branch in plan.branches:
+        after = branch.steps[branch.shared - 1].stage.name if branch.shared else "model"
+        notes = ", the baseline" if branch.target.baseline else ""
+        console.print(f"target {branch.target.name} ({branch.backend}{notes}), after {after}:")
+        for step in branch.steps[branch.shared :]:
+            line(step, "  ")
+    console.print(f"results would go to {prepared.out}")
+
+
+def _complain(error: SqueezeError) -> None:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"[bold red]error:[/bold red] {escape(str(error))}")
+
+
+def main() -> None:
+    """Entry point: turns errors into one message and the right exit code."""
+    try:
+        app()
+    except SqueezeError as error:
+        _complain(error)
+        sys.exit(error.exit_code)

@@ -1,0 +1,205 @@
+"""Checkpoint folders: read without running anything from them, written so that equal weights are equal bytes."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnxsqueeze.artifact import copy_side_files
+from onnxsqueeze.errors import ModelError
+from onnxsqueeze.nn.family import Family, family_of
+from onnxsqueeze.tasks.rows import TaskInfo
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+PICKLE_FILE = "pytorch_model.bin"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json.
+
+    Raises ModelError where it is missing, is not JSON, or names no model_type.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(
+            f"{file}: cannot be read: {reason}", remedy="name a model folder as transformers' save_pretrained writes it"
+        ) from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{file}: has no model_type", remedy='add it, e.g. "model_type": "bert"')
+    return config
+
+
+def has_trained_head(folder: Path) -> bool:
+    """Whether the folder holds a trained classification head: a teacher as it is. Reads config.json and the weights' names, never torch.
+
+    A pickled checkpoint's names cannot be read without running torch, so there ``architectures`` decides.
+    """
+    config = read_config(folder)
+    family = family_of(config["model_type"])
+    if (folder / WEIGHTS_FILE).is_file():
+        names = _weight_names(folder)
+        return all(f"{module}.weight" in names for module in family.head)
+    _require_weights(folder)
+    return f"{family.classes}ForSequenceClassification" in (config.get("architectures") or [])
+
+
+def id2label(folder: Path) -> dict[int, str]:
+    """Index → name of the folder's outputs, as its config.json gives them; empty where nobody named them."""
+    names = read_config(folder).get("id2label") or {}
+    return {int(index): str(name) for index, name in names.items()}
+
+
+def load(
+    folder: Path, task: TaskInfo, *, new_head_seed: int | None = None, eager_attention: bool = False
+) -> tuple[PreTrainedModel, Family]:
+    """The folder's sequence classification model in float32 on the CPU, in evaluation mode, with one output per class of ``task``.
+
+    ``new_head_seed`` allows a head that the checkpoint lacks (or has in another width) to be drawn from that seed; without it the
+    checkpoint must bring its own, trained for the same classes. ``eager_attention`` is for those who read attention probabilities.
+
+    Raises ModelError for a missing, damaged or unfit folder and for an unknown architecture.
+    """
+    import torch
+    import transformers
+    from safetensors import SafetensorError
+
+    family = family_of(read_config(folder)["model_type"])
+    pickled = _require_weights(folder)
+    if not pickled:
+        _weight_names(folder)  # finds a truncated file before any work
+    if new_head_seed is None:
+        _require_head(folder, task)
+    config = getattr(transformers, f"{family.classes}Config").from_pretrained(folder, local_files_only=True)
+    if task.max_length > family.max_tokens(config):
+        raise ModelError(
+            f"{folder.name}: reads at most {family.max_tokens(config)} tokens, and the task's rows may have {task.max_length}",
+            remedy=f"set the task's max_length to {family.max_tokens(config)} or less",
+        )
+    _describe_outputs(config, task)
+    options = {"attn_implementation": "eager"} if eager_attention else {}
+    with torch.random.fork_rng(), _quiet():
+        torch.manual_seed(new_head_seed or 0)
+        try:
+            model, info = getattr(transformers, f"{family.classes}ForSequenceClassification").from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=not pickled,
+                weights_only=True,
+                ignore_mismatched_sizes=new_head_seed is not None,
+                output_loading_info=True,
+                **options,
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+            raise ModelError(f"{folder.name}: the weights cannot be loaded: {error}", remedy="download or save the model again") from error
+    new = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
+    may_be_new = () if new_head_seed is None else tuple(f"{module}." for module in (*family.head, *family.fresh))
+    lost = sorted(name for name in new if not name.startswith(may_be_new))
+    if lost:
+        raise ModelError(
+            f"{folder.name}: {len(lost)} weights are missing or of another shape than config.json says, first {lost[0]}",
+            remedy="check that config.json belongs to these weights",
+        )
+    return model.eval(), family
+
+
+def save(model: PreTrainedModel, parent: Path, out: Path, task: TaskInfo) -> None:
+    """Write config.json, model.safetensors and the parent's tokenizer files into ``out``. Equal weights give equal bytes."""
+    from safetensors.torch import save_file
+
+    _describe_outputs(model.config, task)
+    config = {key: value for key, value in model.config.to_diff_dict().items() if not key.startswith("_")}
+    config["architectures"] = [type(model).__name__]
+    (out / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, out / WEIGHTS_FILE, metadata={"format": "pt"})
+    copy_side_files(parent, out)
+
+
+def changed_tensors(parent: Path, out: Path) -> int:
+    """How many tensors of the two written files differ, are new or are gone. A pickled parent counts as wholly changed."""
+    import numpy as np
+    from safetensors import safe_open
+
+    prefix = f"{family_of(read_config(out)['model_type']).encoder}."  # a plain encoder's file leaves it out
+    if not (parent / WEIGHTS_FILE).is_file():
+        return len(_weight_names(out))
+    with safe_open(parent / WEIGHTS_FILE, framework="np") as before, safe_open(out / WEIGHTS_FILE, framework="np") as after:
+        old, new = ({name.removeprefix(prefix): name for name in file.keys()} for file in (before, after))  # noqa: SIM118, no mapping
+        both = old.keys() & new.keys()
+        return len(old.keys() ^ new.keys()) + sum(
+            not np.array_equal(before.get_tensor(old[name]), after.get_tensor(new[name])) for name in both
+        )
+
+
+def count_zeros(folder: Path, names: Sequence[str]) -> int:
+    """How many weights of the named tensors are zero in the folder's written file."""
+    import numpy as np
+    from safetensors import safe_open
+
+    with safe_open(folder / WEIGHTS_FILE, framework="np") as file:
+        return sum(int(np.count_nonzero(file.get_tensor(name) == 0)) for name in names)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from warning of what `load` itself judges: new heads, left-over pooling weights."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _describe_outputs(config: Any, task: TaskInfo) -> None:
+    config.num_labels = task.outputs
+    names = task.labels or ("score",)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in enumerate(names)}
+    config.problem_type = "single_label_classification" if task.labels else "regression"
+
+
+def _require_weights(folder: Path) -> bool:
+    """True where the weights are pickled (read by torch's restricted loader), False for safetensors."""
+    if (folder / WEIGHTS_FILE).is_file():
+        return False
+    if (folder / PICKLE_FILE).is_file():
+        return True
+    raise ModelError(f"{folder}: holds no {WEIGHTS_FILE}", remedy=f"name a folder with config.json and {WEIGHTS_FILE} (or {PICKLE_FILE})")
+
+
+def _weight_names(folder: Path) -> frozenset[str]:
+    from safetensors import SafetensorError, safe_open
+
+    file = folder / WEIGHTS_FILE
+    try:
+        with safe_open(file, framework="np") as weights:
+            return frozenset(weights.keys())
+    except SafetensorError as error:
+        raise ModelError(f"{file}: is damaged or cut short: {error}", remedy="download or save the model again") from error
+
+
+def _require_head(folder: Path, task: TaskInfo) -> None:
+    if not has_trained_head(folder):
+        raise ModelError(f"{folder.name}: has no trained classification head", remedy="put a finetune stage before this one")
+    found = tuple(name for _, name in sorted(id2label(folder).items()))
+    if task.labels and set(found) == set(task.labels) and found != task.labels:
+        raise ModelError(
+            f"{folder.name}: its classes are in the order {', '.join(found)}, the task's in the order {', '.join(task.labels)}",
+            remedy="fine-tune it on this task (a finetune stage with force: true)",
+        )

@@ -1,0 +1,65 @@
+"""What training minimises. Every loss is the mean over rows (and tokens, heads, units), computed in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def task(logits: Tensor, labels: Tensor, *, regression: bool) -> Tensor:
+    """Cross entropy of ``logits[batch, classes]`` with class indices, or the squared error of ``logits[batch, 1]`` against scores."""
+    if regression:
+        return functional.mse_loss(logits.float()[:, 0], labels.float())
+    return functional.cross_entropy(logits.float(), labels.long())
+
+
+def logits(student: Tensor, teacher: Tensor, *, temperature: float, regression: bool) -> Tensor:
+    """T² · KL(teacher ‖ student) of the softened classes; for regression the squared difference.
+
+    Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2 (also for T², which keeps the
+    gradient's size as T changes).
+    """
+    if regression:
+        return functional.mse_loss(student.float(), teacher.float())
+    soft = functional.log_softmax(teacher.float() / temperature, dim=-1)
+    own = functional.log_softmax(student.float() / temperature, dim=-1)
+    return functional.kl_div(own, soft, reduction="batchmean", log_target=True) * temperature**2
+
+
+def hidden(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared difference of two layers' outputs ``[batch, tokens, width]`` over the tokens where ``mask[batch, tokens]`` is 1.
+
+    Source: Jiao et al. 2020, "TinyBERT", equation 8.
+    """
+    difference = (student.float() - teacher.float()).square().mean(-1)
+    weight = mask.to(difference.dtype)
+    return (difference * weight).sum() / weight.sum()
+
+
+def attention(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of attention probabilities ``[batch, heads, queries, keys]``, mean over heads and real queries.
+
+    Source: Wang et al. 2020, "MiniLM", equation 6, here for every mapped layer as in Jiao et al. 2020, "TinyBERT", equation 7
+    (which compares scores before the softmax, which the models do not return).
+    """
+    target = teacher.float()
+    # 1e-9 is below what float32 softmax gives to a key that matters; masked keys have probability 0 on both sides
+    divergence = (target * (target.clamp_min(1e-9).log() - student.float().clamp_min(1e-9).log())).sum(-1)  # [batch, heads, queries]
+    weight = mask[:, None, :].to(divergence.dtype).expand_as(divergence)
+    return (divergence * weight).sum() / weight.sum()
+
+
+class Projections(torch.nn.Module):
+    """One learned linear map per pair of hidden states, from the student's width to the teacher's; dropped after training.
+
+    Source: Jiao et al. 2020, "TinyBERT", equation 8 (W_h; they share one map, we give each layer its own).
+    """
+
+    def __init__(self, pairs: int, student_width: int, teacher_width: int) -> None:
+        super().__init__()
+        self.maps = torch.nn.ModuleList(torch.nn.Linear(student_width, teacher_width, bias=False) for _ in range(pairs))
+
+    def forward(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Each state in the teacher's width."""
+        return tuple(project(state) for project, state in zip(self.maps, states, strict=True))

@@ -1,0 +1,354 @@
+"""One run: load, plan, make every stage, measure every target, write the record and its reports.
+
+The dev set is opened after the last stage, by the measuring alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+from onnxsqueeze import backends, environment, graph, models
+from onnxsqueeze.artifact import Artifact, folder_digest, make_durable
+from onnxsqueeze.errors import GateMissed, SqueezeError, StageError, StoreError, Unavailable, UsageError
+from onnxsqueeze.models import Start
+from onnxsqueeze.nn.checkpoint import has_trained_head, id2label
+from onnxsqueeze.plan import Branch, Plan, Step, make_plan
+from onnxsqueeze.recipe import LoadedRecipe, load
+from onnxsqueeze.record import Made, Measurer
+from onnxsqueeze.report.write import write_reports
+from onnxsqueeze.results import RESULTS_FILE, Results, Split, StageRecord, Target, TaskRecord
+from onnxsqueeze.stage import Changed, Context, Progress
+from onnxsqueeze.store import Entry, Store, exclusive, write_atomically
+from onnxsqueeze.tasks.metrics import primary
+from onnxsqueeze.tasks.open import Task, open_task
+from onnxsqueeze.tasks.rows import SplitRows
+from onnxsqueeze.tasks.settings import TaskSettings
+
+
+class Watcher(Protocol):
+    """Who is told how far a run is."""
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+
+    def begin(self, title: str) -> Progress:
+        """A piece of work starts; the result is called with how far it is."""
+
+    def end(self, text: str) -> None:
+        """The piece of work that began last is done."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks of one run. Values of None are the recipe's."""
+
+    recipe: Path
+    task: str | None = None
+    model: str | None = None
+    data_dir: Path | None = None
+    overrides: Sequence[str] = ()
+    out: Path | None = None
+    seed: int | None = None
+    fresh: bool = False
+    require: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to start: everything that can be wrong with its input has been looked at."""
+
+    request: Request
+    loaded: LoadedRecipe
+    task: Task
+    start: Start
+    seed: int
+    threads: int
+    plan: Plan
+    out: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run: its record, where it lies, and what its exit code should say."""
+
+    results: Results
+    out: Path
+    problems: tuple[SqueezeError, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        """1 where something failed, else 3 where a gate was missed, else 0."""
+        codes = {problem.exit_code for problem in self.problems}
+        return 1 if codes - {GateMissed.exit_code} else max(codes, default=0)
+
+
+def prepare(request: Request) -> Prepared:
+    """Check recipe, task, rows, model and output folder, and plan the run; nothing is made. Raises UsageError."""
+    loaded = load(request.recipe, request.overrides)
+    recipe = loaded.recipe
+    settings = _beside(recipe.task, request.recipe.parent)
+    if request.task is not None:
+        settings = TaskSettings(name=request.task, max_length=recipe.task.max_length, train_rows=recipe.task.train_rows)
+    seed = recipe.seed if request.seed is None else request.seed
+    start = models.resolve(request.model or recipe.model)
+    task = open_task(settings, data_dir=request.data_dir, seed=seed)
+    if has_trained_head(start.artifact.path):
+        task = task.in_order_of(id2label(start.artifact.path))
+    threads = threads_to_use()
+    plan = make_plan(loaded, start, task, seed, threads)
+    planned = sorted({branch.backend for branch in plan.branches})
+    for name in request.require:
+        if backends.get(name).name not in planned:
+            raise UsageError(f"--require {name}: the recipe has no target for this backend", remedy=f"its backends: {', '.join(planned)}")
+    out = request.out or Path("runs") / f"{recipe.name}-{task.info.name}"
+    return Prepared(request, loaded, task, start, seed, threads, plan, out)
+
+
+def _beside(settings: TaskSettings, folder: Path) -> TaskSettings:
+    """A user's own files are named relative to the recipe."""
+    return (
+        settings
+        if settings.train is None or settings.dev is None
+        else settings.model_copy(update={"train": folder / settings.train, "dev": folder / settings.dev})
+    )
+
+
+def threads_to_use() -> int:
+    """The cores that this process may use, or fewer where OMP_NUM_THREADS says so."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    cores = environment.default_threads()
+    return min(cores, int(asked)) if asked.isdigit() and int(asked) > 0 else cores
+
+
+def run(prepared: Prepared, store: Store, watcher: Watcher) -> Outcome:
+    """Make and measure every target; write results.json, the reports and a folder per target below ``out``.
+
+    A failing target is a row "failed" and the others go on; a failing shared stage ends the run.
+    Raises StageError, StoreError, UsageError.
+    """
+    _check_writable(prepared.out)
+    with exclusive(prepared.out / ".lock", waiting=lambda: watcher.say(f"{prepared.out}: another run is writing here; waiting for it")):
+        maker = _Maker(prepared, store, watcher)
+        for step in prepared.plan.shared:
+            maker.make(step)
+        made = [maker.branch(branch) for branch in prepared.plan.branches]
+        return _measure(prepared, store, watcher, maker, made)
+
+
+@dataclass
+class _Maker:
+    """Makes steps through the store, each once a run."""
+
+    prepared: Prepared
+    store: Store
+    watcher: Watcher
+    done: dict[str, tuple[Entry, bool]] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
+
+    def artifact(self, step: Step | None) -> Artifact:
+        """What a step handed on; the start for None."""
+        source = step.made_by if step else None
+        return self.done[source.key][0].artifact if source else self.prepared.start.artifact
+
+    def make(self, step: Step) -> None:
+        """Make one step, or find it. Raises what the stage raises."""
+        if step.skipped:
+            if step.stage.name not in self.told:
+                self.told.add(step.stage.name)
+                self.watcher.say(f"{step.stage.name}: skipped: {step.skipped}")
+            return
+        if step.key in self.done:
+            return
+        found = self.store.find(step.key)
+        if found:
+            self.done[step.key] = (found, True)
+            self.watcher.say(f"{step.stage.name}: in the store ({step.key[:12]}; made in {found.seconds:.0f} s)")
+            return
+        missing = step.stage.unavailable()
+        if missing:
+            raise Unavailable(missing[0], remedy=missing[1])
+        progress = self.watcher.begin(step.stage.name)
+        entry, was_there = self.store.make(
+            step.key, step.format, step.causes, lambda draft, checkpoint: self._build(step, draft, checkpoint, progress)
+        )
+        self.done[step.key] = (entry, was_there)
+        self.watcher.end(f"{step.stage.name}: {entry.changed.count:,} {entry.changed.what} in {entry.seconds:.1f} s{_resumed(entry)}")
+
+    def _build(self, step: Step, draft: Path, checkpoint: Path, progress: Progress) -> Changed:
+        task = self.prepared.task
+        labels = [row.label for row in task.selection.rows]
+        context = Context(
+            task=task.info,
+            train=task.train,
+            selection=task.selection,
+            select=lambda logits: primary(task.info, logits, labels),
+            seed=self.prepared.seed,
+            threads=self.prepared.threads,
+            batch=self.prepared.loaded.recipe.measure.batch,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        parent = self.artifact(step.parent)
+        teacher = self.artifact(step.teacher) if step.has_teacher else None
+        changed = step.stage.run(parent, teacher, draft, context)
+        if changed.count == 0:
+            raise StageError(
+                f"{step.stage.name}: changed no {changed.what}",
+                remedy=f"see the settings of {step.stage.kind} in the recipe reference, or take the stage out",
+            )
+        if step.format == "onnx":
+            graph.check(draft / "model.onnx", like=parent.onnx if parent.format == "onnx" else None)
+        return changed
+
+    def branch(self, branch: Branch) -> Made:
+        """Make one target's own steps. A failure is kept as its reason: the other targets go on."""
+        problem: SqueezeError | None = None
+        try:
+            for step in branch.steps:
+                self.make(step)
+        except (StageError, Unavailable) as error:
+            problem = error
+            self.watcher.end(f"{branch.target.name}: {'skipped' if isinstance(error, Unavailable) else 'failed'}: {error.message}")
+        artifact = None if problem else self.artifact(branch.steps[-1])
+        return Made(branch, artifact, tuple(self.record(step) for step in branch.steps if step.skipped or step.key in self.done), problem)
+
+    def record(self, step: Step) -> StageRecord:
+        """What results.json says of a step."""
+        if step.skipped:
+            return StageRecord(id=step.stage.name, kind=step.stage.kind, seconds=0.0, changed={}, skipped=step.skipped)
+        entry, reused = self.done[step.key]
+        changed = {"count": entry.changed.count, "what": entry.changed.what, "details": dict(entry.changed.details)}
+        return StageRecord(id=step.stage.name, kind=step.stage.kind, seconds=entry.seconds, changed=changed, reused=reused, key=step.key)
+
+
+def _resumed(entry: Entry) -> str:
+    at = entry.changed.details.get("resumed_at_epoch")
+    return f" (resumed in epoch {at})" if at else ""
+
+
+def _measure(prepared: Prepared, store: Store, watcher: Watcher, maker: _Maker, made: Sequence[Made]) -> Outcome:
+    recipe, task = prepared.loaded.recipe, prepared.task
+    dev = task.dev()
+    measurer = Measurer(store, watcher, recipe.measure, task.info, dev, prepared.plan.baselines, fresh=prepared.request.fresh)
+    targets = measurer.targets(made, recipe.gates)
+    looks = {split.name: store.looks(split.sha256, measurer.models(made)) for split in dev}
+    results = Results(
+        recipe=recipe.name,
+        recipe_sha256=prepared.loaded.sha256,
+        seed=prepared.seed,
+        command=command_of(prepared.request),
+        model=prepared.start.name,
+        model_sha256=prepared.start.artifact.digest,
+        task=TaskRecord(
+            name=task.info.name,
+            primary=task.info.primary,
+            max_length=task.info.max_length,
+            batch=recipe.measure.batch,
+            splits=tuple(_split(split, looks[split.name]) for split in dev),
+            training=(_split(task.train), _split(task.selection)),
+            generated=task.info.generated,
+            note=task.info.note,
+        ),
+        environment=environment.describe(backends.started_providers()),
+        stages=tuple(maker.record(step) for step in prepared.plan.shared),
+        targets=tuple(targets),
+        date=datetime.now(UTC).date().isoformat(),
+    )
+    for one in made:
+        if one.artifact:
+            _publish(one.artifact.path, prepared.out / one.branch.target.name)
+    write_atomically(prepared.out / RESULTS_FILE, results.to_json().encode())
+    write_reports([results], prepared.out)
+    return Outcome(results, prepared.out, tuple(_problems(prepared.request, targets)))
+
+
+def _problems(request: Request, targets: Sequence[Target]) -> list[SqueezeError]:
+    problems: list[SqueezeError] = []
+    required = {backends.get(name).name for name in request.require}
+    for target in targets:
+        if target.status == "failed":
+            problems.append(StageError(f"target {target.name} failed: {target.reason}", remedy=target.remedy))
+        elif target.status == "skipped" and target.backend in required:
+            problems.append(
+                Unavailable(
+                    f"target {target.name} was skipped, but --require {target.backend} asks for it: {target.reason}", remedy=target.remedy
+                )
+            )
+        missed = [
+            f"{gate.name} is {gate.value:.4g}, the limit is {gate.limit:.4g} (missed by {abs(gate.value - gate.limit):.3g})"
+            for gate in target.gates
+            if not gate.passed
+        ]
+        if missed:
+            problems.append(
+                GateMissed(
+                    f"target {target.name} missed {len(missed)} of its gates: {'; '.join(missed)}",
+                    remedy="loosen the compression of this target, or the gate",
+                )
+            )
+    return problems
+
+
+def _split(split: SplitRows, looks: int = 0) -> Split:
+    return Split(
+        name=split.name, n=len(split.rows), source=split.source, sha256=split.sha256, role=split.role, dropped=split.dropped, looks=looks
+    )
+
+
+def command_of(request: Request) -> str:
+    """The command that makes this record again; of absolute paths only the last part, since a record names no machine."""
+    words = ["onnxsqueeze", "run", _nameless(request.recipe)]
+    options: Mapping[str, object] = {
+        "--task": request.task,
+        "--model": _nameless(Path(request.model)) if request.model else None,
+        "--data-dir": _nameless(request.data_dir) if request.data_dir else None,
+        "--seed": request.seed,
+    }
+    for option, value in options.items():
+        if value is not None:
+            words += [option, str(value)]
+    for override in request.overrides:
+        words += ["--set", override]
+    return shlex.join([*words, *(["--fresh"] if request.fresh else [])])
+
+
+def _nameless(path: Path) -> str:
+    return path.as_posix() if not path.is_absolute() and ".." not in path.parts and not path.as_posix().startswith("~") else path.name
+
+
+def _check_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UsageError(f"output folder {out}: cannot be written to: {error.strerror}", remedy="name another with --out DIR") from error
+
+
+def _publish(source: Path, folder: Path) -> None:
+    """Put a copy of a model folder at ``folder``, whole or not at all."""
+    if folder.is_dir() and folder_digest(folder) == folder_digest(source):
+        return
+    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        shutil.copytree(source, draft, dirs_exist_ok=True)
+        draft.chmod(0o755)
+        make_durable(draft)
+        if folder.exists():
+            shutil.rmtree(folder)
+        draft.rename(folder)
+    except OSError as error:
+        raise StoreError(
+            f"{folder}: cannot be written: {error.strerror}",
+            remedy="free some space or name another folder with --out; the finished models are in the store",
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

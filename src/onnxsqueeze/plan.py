@@ -1,0 +1,193 @@
+"""What a run will make: every stage of every chain with the key of its result, before anything is made.
+
+A stage's key chains causes: settings, stage version, the keys of parent and teacher, digests of the rows, seed, and the
+versions of the tools that can change the bytes. So a dry run sees through stages that are not built yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from onnxsqueeze import backends, environment
+from onnxsqueeze.artifact import Format
+from onnxsqueeze.errors import Fault, RecipeError
+from onnxsqueeze.models import Start
+from onnxsqueeze.nn.checkpoint import has_trained_head
+from onnxsqueeze.recipe import MODEL, LoadedRecipe, Path_, Target, chain, teacher_of
+from onnxsqueeze.stage import Stage
+from onnxsqueeze.stages import Export, Finetune
+from onnxsqueeze.store import key_of
+from onnxsqueeze.tasks.open import Task
+from onnxsqueeze.tasks.rows import SplitRows
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage in its place: what it reads (None: the starting checkpoint) and the key of what it will make."""
+
+    stage: Stage
+    key: str
+    parent: Step | None
+    teacher: Step | None
+    has_teacher: bool
+    causes: Mapping[str, Any]
+    skipped: str | None = None
+
+    @property
+    def made_by(self) -> Step | None:
+        """The step whose artifact this one hands on: itself, or for a skipped one what its parent hands on."""
+        if self.skipped is None:
+            return self
+        return self.parent.made_by if self.parent else None
+
+    @property
+    def format(self) -> Format:
+        """What kind of artifact this step makes."""
+        return "checkpoint" if self.stage.gives == "checkpoint" else "onnx"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One target: its whole chain from the start, and which part of it is its own."""
+
+    target: Target
+    backend: str
+    steps: tuple[Step, ...]
+    shared: int  # how many of `steps` are shared stages
+    added: bool = False  # the run added this baseline, the recipe has none
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run will make. ``baselines`` maps a backend to the name of its baseline."""
+
+    shared: tuple[Step, ...]
+    branches: tuple[Branch, ...]
+    baselines: Mapping[str, str]
+
+
+def make_plan(loaded: LoadedRecipe, start: Start, task: Task, seed: int, threads: int) -> Plan:
+    """Put every stage in its place. Raises RecipeError where the recipe does not fit the model."""
+    recipe = loaded.recipe
+    planner = _Planner(loaded, start, task, seed, threads)
+    shared = planner.chain((), recipe.stages, ("stages",))
+    targets: list[tuple[Target, bool]] = [(target, False) for target in recipe.targets]
+    baselines = {backends.get(t.backend).name: t.name for t in recipe.targets if t.baseline}
+    teacher = next((s.stage.name for s in reversed(shared) if isinstance(s.stage, Finetune)), MODEL)
+    for backend in dict.fromkeys(backends.get(t.backend).name for t in recipe.targets):
+        if backend not in baselines:
+            baselines[backend] = f"baseline-{backend}"
+            targets.append(
+                (Target(name=baselines[backend], backend=backend, after=teacher, stages=(Export(kind="export"),), baseline=True), True)
+            )
+    branches = []
+    for i, (target, added) in enumerate(targets):
+        above, own = chain(recipe, target)
+        steps = (*shared[: len(above)], *planner.chain(shared[: len(above)], own, ("targets",) if added else ("targets", i, "stages")))
+        branches.append(Branch(target, backends.get(target.backend).name, steps, len(above), added))
+    if planner.faults:
+        raise RecipeError(planner.faults)
+    order = sorted(branches, key=lambda b: (list(baselines).index(b.backend), not b.target.baseline))
+    return Plan(shared, tuple(order), baselines)
+
+
+class _Planner:
+    def __init__(self, loaded: LoadedRecipe, start: Start, task: Task, seed: int, threads: int) -> None:
+        self.loaded, self.start, self.seed = loaded, start, seed
+        self.trained = has_trained_head(start.artifact.path)
+        self.faults: list[Fault] = []
+        info = task.info
+        self._data = {
+            "labels": info.labels,
+            "metrics": info.metrics,
+            "primary": info.primary,
+            "max_length": info.max_length,
+            "train": rows_digest(task.train),
+            "selection": rows_digest(task.selection),
+        }
+        self._machine = {"cpu": environment.cpu_model(), "instruction_set": environment.instruction_set(), "threads": threads}
+
+    def chain(self, above: Sequence[Step], stages: Sequence[Stage], place: Path_) -> tuple[Step, ...]:
+        """The steps of ``stages`` put after ``above``."""
+        steps = list(above)
+        for i, stage in enumerate(stages):
+            steps.append(self._step(steps, stage, (*place, i)))
+        return tuple(steps[len(above) :])
+
+    def _step(self, above: Sequence[Step], stage: Stage, place: Path_) -> Step:
+        parent = above[-1] if above else None
+        parent_key = parent.key if parent else self.start.artifact.key
+        finetuned = [step for step in above if isinstance(step.stage, Finetune)]
+        if isinstance(stage, Finetune) and self.trained and not stage.force:
+            return Step(
+                stage,
+                parent_key,
+                parent,
+                None,
+                has_teacher=False,
+                causes={},
+                skipped="the model has a trained head, so it is the teacher as it is (`force: true` trains it anyway)",
+            )
+        if not finetuned and not self.trained and isinstance(stage, Export):
+            self.faults.append(
+                self.loaded.fault(
+                    place,
+                    f"the model {self.start.name!r} has no trained head to export; put {{kind: finetune}} above, or start from a trained classifier",
+                )
+            )
+        teacher, has_teacher = self._teacher(above, stage, finetuned, place)
+        causes: dict[str, Any] = {
+            "kind": stage.kind,
+            "version": stage.version,
+            "settings": stage.model_dump(mode="json", exclude={"id", "teacher"}),
+            "parent": parent_key,
+            "tools": {name: _version(name) for name in stage.tools},
+        }
+        if has_teacher:
+            causes["teacher"] = teacher.key if teacher else self.start.artifact.key
+        if stage.uses_data:
+            causes["data"] = self._data
+        if stage.uses_seed:
+            causes["seed"] = self.seed
+        if stage.machine_bound():
+            causes["machine"] = self._machine
+        return Step(stage, key_of(causes), parent, teacher, has_teacher, causes)
+
+    def _teacher(self, above: Sequence[Step], stage: Stage, finetuned: Sequence[Step], place: Path_) -> tuple[Step | None, bool]:
+        """(the step that made the teacher, whether there is one); the start as a teacher is (None, True)."""
+        if "teacher" not in type(stage).model_fields:
+            return None, False
+        named = teacher_of(stage)
+        if named is not None and named != MODEL:
+            return next((step for step in above if step.stage.name == named), None), True
+        if named is None and finetuned:
+            return finetuned[-1], True
+        if self.trained:
+            return None, True
+        if stage.needs_teacher or named == MODEL:
+            self.faults.append(
+                self.loaded.fault(
+                    place,
+                    f"{stage.kind} learns from a teacher, but there is no finetune above it and the model {self.start.name!r} has no trained head; put {{kind: finetune}} above it",
+                )
+            )
+        return None, False
+
+
+def rows_digest(split: SplitRows) -> str:
+    """The sha256 over the rows themselves: other rows of the same file, or in another order, are other data."""
+    total = hashlib.sha256()
+    for row in split.rows:
+        total.update(repr((row.text, row.text_pair, row.label)).encode())
+    return total.hexdigest()
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

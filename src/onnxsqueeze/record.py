@@ -1,0 +1,322 @@
+"""From finished files to records: measures each target, compares it with its backend's baseline, judges its gates.
+
+Measurements are found again by what they measured (digest of the files, backend, runtime version, CPU, threads, shape,
+settings); ``fresh`` measures anew.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Protocol
+
+from onnxsqueeze import backends, environment, graph
+from onnxsqueeze.artifact import Artifact
+from onnxsqueeze.errors import MeasureError, SqueezeError, Unavailable
+from onnxsqueeze.measure.latency import Candidate, LatencyResult, measure_latency
+from onnxsqueeze.measure.metric import compare, evaluate, predict, quality
+from onnxsqueeze.measure.settings import MeasureSettings, Shape
+from onnxsqueeze.measure.size import measure_size
+from onnxsqueeze.plan import Branch
+from onnxsqueeze.recipe import Gates
+from onnxsqueeze.results import FileRecord, Gate, Latency, MetricDelta, StageRecord, Target, VsBaseline
+from onnxsqueeze.stage import Progress
+from onnxsqueeze.store import Store, key_of
+from onnxsqueeze.tasks.rows import SplitRows, TaskInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Logits = Mapping[str, NDArray[np.float32]]  # per split: [rows, outputs]
+
+
+class Teller(Protocol):
+    """The part of a run's watcher that measuring needs."""
+
+    def begin(self, title: str) -> Progress:
+        """A piece of work starts."""
+
+    def end(self, text: str) -> None:
+        """The piece of work that began last is done."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A target after its stages: its artifact, or why there is none."""
+
+    branch: Branch
+    artifact: Artifact | None
+    stages: tuple[StageRecord, ...]
+    problem: SqueezeError | None
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """One target at one shape, with its ratio to the baseline that was measured beside it."""
+
+    latency: Latency
+    speedup: float | None
+    speedup_ci95: tuple[float, float] | None
+    verdict: str
+
+    def to_json(self) -> bytes:
+        return json.dumps(
+            {
+                "latency": self.latency.model_dump(mode="json"),
+                "speedup": self.speedup,
+                "speedup_ci95": self.speedup_ci95,
+                "verdict": self.verdict,
+            }
+        ).encode()
+
+    @staticmethod
+    def from_json(content: bytes) -> _Timed:
+        value = json.loads(content)
+        ci = value["speedup_ci95"]
+        return _Timed(Latency.model_validate(value["latency"]), value["speedup"], (ci[0], ci[1]) if ci else None, value["verdict"])
+
+
+class Measurer:
+    """Measures the targets of one run."""
+
+    def __init__(
+        self,
+        store: Store,
+        teller: Teller,
+        settings: MeasureSettings,
+        info: TaskInfo,
+        dev: Sequence[SplitRows],
+        baselines: Mapping[str, str],
+        *,
+        fresh: bool,
+    ) -> None:
+        self.store, self.teller, self.settings, self.info, self.dev = store, teller, settings, info, dev
+        self.baselines, self.fresh = baselines, fresh
+
+    def models(self, made: Sequence[Made]) -> str:
+        """One digest for the set of models that this run shows on the dev set."""
+        return key_of({"models": sorted({one.artifact.digest for one in made if one.artifact})})
+
+    def targets(self, made: Sequence[Made], gates: Gates) -> list[Target]:
+        """The record of every target; a baseline stands before those that are compared with it."""
+        records: list[Target] = []
+        for backend in dict.fromkeys(one.branch.backend for one in made):
+            group = [one for one in made if one.branch.backend == backend]
+            records += self._backend(backend, group, gates)
+        return records
+
+    def _backend(self, backend: str, group: Sequence[Made], gates: Gates) -> list[Target]:
+        absent = backends.get(backend).unavailable()
+        ready = [one for one in group if one.artifact] if not absent else []
+        logits: dict[str, Logits] = {}
+        failed: dict[str, SqueezeError] = {}
+        for one in ready:
+            name = one.branch.target.name
+            try:
+                logits[name] = self._logits(backend, one)
+            except MeasureError as error:
+                failed[name] = error
+        timed = self._latency(backend, [one for one in ready if one.branch.target.name in logits])
+        base_name = self.baselines[backend]
+        records: list[Target] = []
+        base: Target | None = None
+        for one in group:
+            record = self._record(one, backend, absent, failed, logits, timed, base, logits.get(base_name), gates)
+            if one.branch.target.name == base_name:
+                base = record
+            records.append(record)
+        return records
+
+    def _record(
+        self,
+        one: Made,
+        backend: str,
+        absent: tuple[str, str] | None,
+        failed: Mapping[str, SqueezeError],
+        logits: Mapping[str, Logits],
+        timed: Mapping[str, Sequence[_Timed]],
+        base: Target | None,
+        base_logits: Logits | None,
+        gates: Gates,
+    ) -> Target:
+        target = one.branch.target
+        name = target.name
+        facts: dict[str, Any] = {
+            "name": name,
+            "backend": backend,
+            "provider": backends.get(backend).provider,
+            "baseline": target.name == self.baselines[backend],
+            "stages": one.stages,
+        }
+        if one.artifact:
+            size = measure_size(one.artifact.path)
+            facts |= {
+                "model": f"{name}/model.onnx",
+                "size_bytes": size.size_bytes,
+                "size_gzip_bytes": size.size_gzip_bytes,
+                "tokenizer_bytes": size.tokenizer_bytes,
+                "files": tuple(FileRecord(path=f"{name}/{f.path}", sha256=f.sha256, bytes=f.bytes) for f in size.files),
+                "weights": graph.weights(one.artifact.onnx),
+                "operators": graph.operators(one.artifact.onnx),
+            }
+        problem = one.problem or failed.get(name)
+        if problem:
+            status = "skipped" if isinstance(problem, Unavailable) else "failed"
+            return Target(status=status, reason=problem.message, remedy=problem.remedy, **facts)
+        if absent:
+            return Target(status="skipped", reason=absent[0], remedy=absent[1], **facts)
+        metrics = {split.name: evaluate(self.info, logits[name][split.name], _labels(split)) for split in self.dev}
+        shapes = timed[name]
+        versus = self._versus(logits[name], base_logits, shapes[0], facts["size_bytes"], base) if base else None
+        return Target(
+            status="ok",
+            latency=shapes[0].latency,
+            latencies=tuple(shape.latency for shape in shapes[1:]),
+            metrics=metrics,
+            vs_baseline=versus,
+            gates=_judge(target.gates or gates, versus, self.info.primary, self.dev[0].name) if versus else (),
+            extra={"speedups": [_speedup(shape) for shape in shapes[1:]]} if versus else {},
+            **facts,
+        )
+
+    def _versus(self, logits: Logits, base_logits: Logits | None, timed: _Timed, size_bytes: int, base: Target) -> VsBaseline | None:
+        if base_logits is None or base.size_bytes is None:
+            return None
+        deltas: dict[str, dict[str, MetricDelta]] = {
+            split.name: compare(self.info, logits[split.name], base_logits[split.name], _labels(split)) for split in self.dev
+        }
+        return VsBaseline(
+            baseline=base.name,
+            size_ratio=base.size_bytes / size_bytes,
+            speedup=timed.speedup,
+            speedup_ci95=timed.speedup_ci95,
+            speed=timed.verdict,
+            metrics=deltas,
+            quality=quality(deltas[self.dev[0].name][self.info.primary]),
+        )
+
+    # ── metric ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _logits(self, backend: str, one: Made) -> Logits:
+        import numpy as np
+
+        assert one.artifact is not None  # noqa: S101  # callers pass targets that have a file
+        name, found = one.branch.target.name, {}
+        for split in self.dev:
+            causes = self._causes(backend, one.artifact, threads=self.settings.threads) | {
+                "split": split.sha256,
+                "name": split.name,
+                "n": len(split.rows),
+                "batch": self.settings.batch,
+                "max_length": self.info.max_length,
+            }
+            kept = None if self.fresh else self.store.measurement("logits", causes)
+            if kept is None:
+                progress = self.teller.begin(f"{name}: {self.info.primary} on {split.name}")
+                values = predict(
+                    one.artifact.path, backend, split, self.info.max_length, self.settings.batch, self.settings.threads, progress
+                )
+                buffer = io.BytesIO()
+                np.save(buffer, values, allow_pickle=False)
+                kept = buffer.getvalue()
+                self.store.keep_measurement("logits", causes, kept)
+                score = evaluate(self.info, values, _labels(split))[self.info.primary]
+                self.teller.end(f"{name}: {self.info.primary} {score.value:.4f} on {split.name} ({score.n:,} rows)")
+            found[split.name] = np.load(io.BytesIO(kept), allow_pickle=False)
+        return found
+
+    # ── latency ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _latency(self, backend: str, ready: Sequence[Made]) -> dict[str, list[_Timed]]:
+        """Per target, the measured shapes in order. What the store lacks is measured together, beside the baseline."""
+        base_name = self.baselines[backend]
+        by_name = {one.branch.target.name: one for one in ready}
+        base = by_name.get(base_name)
+        base_digest = base.artifact.digest if base and base.artifact else None
+        timed: dict[str, list[_Timed]] = {name: [] for name in by_name}
+        for shape in (
+            Shape(batch=self.settings.batch, sequence=self.settings.sequence, threads=self.settings.threads),
+            *self.settings.shapes,
+        ):
+            causes = {name: self._latency_causes(backend, one, base_digest, shape) for name, one in by_name.items()}
+            kept = {name: None if self.fresh else self.store.measurement("latency", cause) for name, cause in causes.items()}
+            lacking = [name for name, content in kept.items() if content is None]
+            if lacking:
+                together = dict.fromkeys([*([base_name] if base else []), *lacking])
+                progress = self.teller.begin(
+                    f"latency on {backend}: batch {shape.batch}, {shape.sequence} tokens, {shape.threads} thread{'s' if shape.threads > 1 else ''}"
+                )
+                candidates = [Candidate(name, by_name[name].artifact.onnx, backend) for name in together]  # type: ignore[union-attr]  # `ready` have files
+                results = measure_latency(candidates, base_name if base else None, shape, self.settings, progress)
+                for name in lacking:
+                    kept[name] = _timed(results[name]).to_json()
+                    self.store.keep_measurement("latency", causes[name], kept[name] or b"")
+                self.teller.end(
+                    f"latency at batch {shape.batch}, {shape.sequence} tokens: "
+                    + ", ".join(f"{name} {results[name].latency.p50_ms:.2f} ms" for name in together)
+                )
+            for name, content in kept.items():
+                timed[name].append(_Timed.from_json(content or b""))
+        return timed
+
+    def _latency_causes(self, backend: str, one: Made, base_digest: str | None, shape: Shape) -> dict[str, Any]:
+        assert one.artifact is not None  # noqa: S101  # callers pass targets that have a file
+        settings = self.settings.model_dump(mode="json", exclude={"shapes", "batch", "sequence", "threads"})
+        return self._causes(backend, one.artifact, threads=shape.threads) | {
+            "baseline": base_digest,
+            "shape": shape.model_dump(mode="json"),
+            "settings": settings,
+        }
+
+    @staticmethod
+    def _causes(backend: str, artifact: Artifact, *, threads: int) -> dict[str, Any]:
+        return {
+            "model": artifact.digest,
+            "backend": backend,
+            "runtime": version("onnxruntime"),
+            "cpu": environment.cpu_model(),
+            "instruction_set": environment.instruction_set(),
+            "threads": threads,
+        }
+
+
+def _timed(result: LatencyResult) -> _Timed:
+    return _Timed(result.latency, result.speedup, result.speedup_ci95, result.verdict)
+
+
+def _speedup(timed: _Timed) -> dict[str, Any]:
+    latency = timed.latency
+    return {
+        "batch": latency.batch,
+        "sequence": latency.sequence,
+        "threads": latency.threads,
+        "speedup": timed.speedup,
+        "speedup_ci95": timed.speedup_ci95,
+        "speed": timed.verdict,
+    }
+
+
+def _labels(split: SplitRows) -> list[int | float]:
+    return [row.label for row in split.rows]
+
+
+def _judge(gates: Gates, versus: VsBaseline, primary: str, split: str) -> tuple[Gate, ...]:
+    """Each gate that is set, judged by the point estimate."""
+    drop = -100 * versus.metrics[split][primary].delta
+    speedup = versus.speedup if versus.speedup is not None else 0.0
+    judged = []
+    if gates.metric_drop_pp is not None:
+        judged.append(Gate(name="metric_drop_pp", limit=gates.metric_drop_pp, value=drop, passed=drop <= gates.metric_drop_pp))
+    if gates.min_size_ratio is not None:
+        judged.append(
+            Gate(
+                name="min_size_ratio", limit=gates.min_size_ratio, value=versus.size_ratio, passed=versus.size_ratio >= gates.min_size_ratio
+            )
+        )
+    if gates.min_speedup is not None:
+        judged.append(Gate(name="min_speedup", limit=gates.min_speedup, value=speedup, passed=speedup >= gates.min_speedup))
+    return tuple(judged)

@@ -1,0 +1,35 @@
+"""Every kind of stage. Adding one: a module here, a word in `AnyStage`, a test."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from onnxsqueeze.stages.distill import Distill
+from onnxsqueeze.stages.export import Export
+from onnxsqueeze.stages.finetune import Finetune
+from onnxsqueeze.stages.float16 import Float16
+from onnxsqueeze.stages.prune_weights import PruneWeights
+from onnxsqueeze.stages.quantize_dynamic import QuantizeDynamic
+from onnxsqueeze.stages.quantize_inc import QuantizeInc
+from onnxsqueeze.stages.quantize_static import QuantizeStatic
+from onnxsqueeze.stages.quantize_weights import QuantizeWeights
+
+AnyStage = Annotated[
+    Finetune | Distill | PruneWeights | Export | QuantizeDynamic | QuantizeStatic | QuantizeWeights | QuantizeInc | Float16,
+    Field(discriminator="kind"),
+]
+
+__all__ = [
+    "AnyStage",
+    "Distill",
+    "Export",
+    "Finetune",
+    "Float16",
+    "PruneWeights",
+    "QuantizeDynamic",
+    "QuantizeInc",
+    "QuantizeStatic",
+    "QuantizeWeights",
+]

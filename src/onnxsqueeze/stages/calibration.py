@@ -1,0 +1,77 @@
+"""Real training rows as inputs of an .onnx file: for calibration, and for comparing a file with the model it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnxsqueeze import graph
+from onnxsqueeze.errors import StageError
+from onnxsqueeze.stage import Context
+from onnxsqueeze.tasks.rows import Row
+from onnxsqueeze.tokens import Encoded, Encoder, pad
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnxruntime as ort
+    from numpy.typing import NDArray
+
+CALIBRATION_BATCH = 8  # bounds the memory for the activations that a calibrator keeps of one call
+
+
+def feeds(model: Path, context: Context, samples: int, batch: int = CALIBRATION_BATCH) -> Iterator[dict[str, NDArray[np.int64]]]:
+    """``samples`` training rows, spread evenly over the file, as inputs of ``model``, all padded to one length.
+
+    One at a time, so that calibration of any size needs the memory of one batch. Yields ``{name: array[batch, tokens] int64}``.
+    """
+    encoder = Encoder(model.parent, context.task.max_length)
+    rows = encode(encoder, spread(context.train.rows, samples))
+    width = max(len(row) for row in rows)
+    names = input_names(model)
+    for start in range(0, len(rows), batch):
+        padded = pad(rows[start : start + batch], encoder.pad_id, width)
+        yield {name: padded[name] for name in names}
+
+
+def shapes(folder: Path, context: Context) -> list[dict[str, NDArray[np.int64]]]:
+    """Three batches of training rows as a server may send them: one row, four short rows, two at the full length."""
+    encoder = Encoder(folder, context.task.max_length)
+    rows = sorted(encode(encoder, spread(context.train.rows, 64)), key=len)
+    longest, middle = rows[-2:], rows[len(rows) // 2 : len(rows) // 2 + 1]
+    return [pad(middle, encoder.pad_id), pad(rows[:4], encoder.pad_id), pad(longest, encoder.pad_id, context.task.max_length)]
+
+
+def spread(rows: Sequence[Row], samples: int) -> list[Row]:
+    """``samples`` rows at even distances (all, where there are no more); raises StageError where there are none."""
+    if not rows:
+        raise StageError("there are no training rows to run the model on", remedy="give the task a training file with at least 50 rows")
+    count = min(samples, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def encode(encoder: Encoder, rows: Sequence[Row]) -> list[Encoded]:
+    """The ids of ``rows``."""
+    return encoder.encode([row.text for row in rows], [row.text_pair for row in rows])
+
+
+def input_names(model: Path) -> list[str]:
+    """The inputs of ``model``, in its order."""
+    return [name for name, (side, _) in graph.signature(model).items() if side == "input"]
+
+
+def session(model: Path, threads: int) -> ort.InferenceSession:
+    """A CPU session with default optimizations on ``threads`` threads."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors only
+    return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+
+
+def logits(model: Path, batches: Sequence[dict[str, NDArray[np.int64]]], threads: int) -> list[NDArray[np.float32]]:
+    """The first output of ``model`` for every batch, ``[batch, outputs]``; inputs that it does not have are left out."""
+    names = input_names(model)
+    running = session(model, threads)
+    return [running.run(None, {name: batch[name] for name in names})[0] for batch in batches]

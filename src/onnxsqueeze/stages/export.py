@@ -1,0 +1,95 @@
+"""Writes a PyTorch checkpoint as an .onnx file and proves on real rows that both say the same."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from onnxsqueeze import graph
+from onnxsqueeze.artifact import MODEL_FILE, Artifact, copy_side_files
+from onnxsqueeze.errors import StageError
+from onnxsqueeze.nn import checkpoint
+from onnxsqueeze.stage import Changed, Context, Stage, State
+from onnxsqueeze.stages import calibration
+from onnxsqueeze.stages.chatter import captured
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+# An export may be this many times as far from float64 as PyTorch's own float32 is: it adds in another order, no more.
+_NOISE_FACTOR = 16
+# Never ask for less than this share of the largest logit: float32 has 24 bits, and one layer adds thousands of terms (2^-24 · 2^8).
+_NOISE_FLOOR = 2.0**-16
+
+
+class Export(Stage):
+    """Write the checkpoint as ONNX: inputs int64 ``[batch_size, sequence_length]``, logits float32, both axes dynamic.
+
+    By optimum's TorchScript route, because ONNX Runtime's fusions find nothing in the graphs of `torch.onnx`'s dynamo route.
+    The file is compared with PyTorch on training rows at three shapes; the tolerance is the noise of float32, measured as
+    PyTorch's own distance from float64. Source: optimum.exporters.onnx.export.
+    """
+
+    takes: ClassVar[tuple[State, ...]] = ("checkpoint",)
+    gives: ClassVar[State] = "onnx"
+    tools: ClassVar[tuple[str, ...]] = ("torch", "transformers", "optimum", "optimum-onnx", "onnx")
+    uses_data: ClassVar[bool] = True  # for the comparison, which is part of the record
+
+    kind: Literal["export"] = "export"
+    opset: int = Field(18, ge=14, le=18, description="ONNX operator set; below 18 a layer norm may become many nodes")
+
+    def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:  # noqa: ARG002, the contract's arguments
+        """Write ``out/model.onnx`` and the tokenizer; raises StageError where it does not agree with PyTorch."""
+        with captured():
+            model, _ = checkpoint.load(parent.path, context.task)
+            with tempfile.TemporaryDirectory(dir=out) as scratch:
+                rough = Path(scratch) / MODEL_FILE
+                _export(model, rough, self.opset)
+                written = graph.save(graph.load(rough), out)
+        copy_side_files(parent.path, out)
+        found = graph.operators(written)
+        details = {"opset": self.opset, "operators": found, **_compare(model, written, context)}
+        return Changed(sum(found.values()), "nodes", details)
+
+
+def _export(model: Any, target: Path, opset: int) -> None:
+    from optimum.exporters.onnx import export
+    from optimum.exporters.tasks import TasksManager
+
+    describe = TasksManager.get_exporter_config_constructor("onnx", model=model, task="text-classification", library_name="transformers")
+    export(model, describe(model.config), target, opset=opset)
+
+
+def _compare(model: Any, written: Path, context: Context) -> dict[str, Any]:
+    import numpy as np
+
+    batches = calibration.shapes(written.parent, context)
+    names = calibration.input_names(written)
+    got = calibration.logits(written, batches, context.threads)
+    single = [_torch_logits(model, batch, names) for batch in batches]
+    model.double()
+    exact = [_torch_logits(model, batch, names) for batch in batches]
+    scale = max(float(np.abs(e).max()) for e in exact)
+    noise = max(float(np.abs(s - e).max()) for s, e in zip(single, exact, strict=True))
+    off = max(float(np.abs(g - e).max()) for g, e in zip(got, exact, strict=True))
+    tolerance = max(_NOISE_FACTOR * noise, _NOISE_FLOOR * scale)
+    if not off <= tolerance:  # "not": NaN fails too
+        raise StageError(
+            f"the exported model's logits are {off:.3g} from PyTorch's in float64, more than float32 noise explains ({tolerance:.3g})",
+            remedy="export with another opset, or report the architecture: its tracing loses something",
+        )
+    shapes = [list(batch["input_ids"].shape) for batch in batches]
+    difference = max(float(np.abs(g - s).max()) for g, s in zip(got, single, strict=True))
+    return {"compared_shapes": shapes, "max_abs_diff": difference, "tolerance": tolerance}
+
+
+def _torch_logits(model: Any, batch: dict[str, NDArray[np.int64]], names: list[str]) -> NDArray[np.float64]:
+    import torch
+
+    with torch.inference_mode():
+        result: NDArray[np.float64] = model(**{name: torch.from_numpy(batch[name]) for name in names}).logits.double().numpy()
+    return result

@@ -1,0 +1,145 @@
+"""Weights and activations to int8 by Intel Neural Compressor, the second opinion beside ONNX Runtime's own quantizers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from onnxsqueeze import graph
+from onnxsqueeze.artifact import Artifact, copy_side_files
+from onnxsqueeze.errors import StageError
+from onnxsqueeze.stage import Changed, Context, Stage, State
+from onnxsqueeze.stages import calibration
+from onnxsqueeze.stages.chatter import captured
+from onnxsqueeze.stages.int8 import ReduceRange, count, depends_on_machine, seven_bits
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+    from numpy.typing import NDArray
+
+_LINES_SHOWN = 12
+
+
+class QuantizeInc(Stage):
+    """Quantize to int8 with neural-compressor: weights per output, embeddings too, activations by range at run time or fixed beforehand.
+
+    One configuration, no tuning. Source: neural_compressor.quantization.fit, PostTrainingQuantConfig.
+    """
+
+    takes: ClassVar[tuple[State, ...]] = ("onnx",)
+    gives: ClassVar[State] = "onnx-int"
+    tools: ClassVar[tuple[str, ...]] = ("neural-compressor", "onnxruntime", "onnx")
+    uses_data: ClassVar[bool] = True
+
+    kind: Literal["quantize-inc"] = "quantize-inc"
+    approach: Literal["dynamic", "static"] = Field(
+        "dynamic", description="Ranges of activations: as they come, or measured on training rows"
+    )
+    samples: int = Field(128, ge=1, description="Training rows to measure ranges on (static)")
+    reduce_range: ReduceRange = Field(
+        "auto", description='7-bit weights; "auto": only where this CPU has no VNNI and 8 bits would saturate'
+    )
+
+    def machine_bound(self) -> bool:
+        """True where "auto" chose 7 bits for this CPU."""
+        return depends_on_machine(self.reduce_range)
+
+    def refuses(self, backend: str) -> str | None:
+        """CUDA and TensorRT have no kernels for what it writes."""
+        if backend in ("cuda", "tensorrt"):
+            return f"neural-compressor's integer operators have no {backend.upper()} kernels: use float16 or quantize-weights"
+        return None
+
+    def unavailable(self) -> tuple[str, str] | None:
+        """The optional dependency of the extra ``inc``."""
+        if importlib.util.find_spec("neural_compressor") is None:
+            return "neural-compressor is not installed", "pip install 'onnxsqueeze[inc]'"
+        return None
+
+    def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:  # noqa: ARG002, the contract's arguments
+        """Write ``out/model.onnx``; raises StageError with neural-compressor's last lines where it gives up or changes nothing."""
+        os.environ.setdefault("LOGLEVEL", "ERROR")  # read by neural-compressor when it is first imported
+        with captured() as lines, tempfile.TemporaryDirectory(dir=out) as scratch:
+            model = self._fit(parent.onnx, context, Path(scratch))
+        if model is None:  # fit swallows its errors
+            tail = "\n    ".join(lines[-_LINES_SHOWN:])
+            raise StageError(
+                f"{self.name}: neural-compressor gave no model. Its last lines:\n    {tail}", remedy="try quantize-dynamic on this model"
+            )
+        if self.approach == "static":
+            _requantize_tables(model, graph.load(parent.onnx))
+        written = graph.save(graph.ordered(model), out)
+        copy_side_files(parent.path, out)
+        return count(self, (), parent.onnx, written, {"approach": self.approach, "seven_bits": seven_bits(self.reduce_range)})
+
+    def _fit(self, model: Path, context: Context, scratch: Path) -> onnx.ModelProto | None:
+        from neural_compressor import PostTrainingQuantConfig, quantization, set_random_seed, set_workspace
+        from neural_compressor.config import TuningCriterion
+
+        set_workspace(str(scratch / "workspace"))
+        set_random_seed(0)
+        config = PostTrainingQuantConfig(
+            approach=self.approach,
+            calibration_sampling_size=[self.samples],
+            quant_level=1,  # the configuration as it is: 0 and "auto" start tuning
+            tuning_criterion=TuningCriterion(max_trials=1, timeout=0),
+            reduce_range=seven_bits(self.reduce_range),
+            # its default lets ONNX Runtime fuse Gemm with Tanh first, which hides the pooler's weight from the quantizer
+            recipes={"graph_optimization_level": "ENABLE_BASIC"},
+        )
+        rows = _Loader(model, context, self.samples) if self.approach == "static" else None
+        fitted: Any = quantization.fit(str(model), config, calib_dataloader=rows)
+        return None if fitted is None else fitted.model
+
+
+def _requantize_tables(model: onnx.ModelProto, original: onnx.ModelProto) -> None:
+    """Give every embedding table the scale of its own range, in place.
+
+    neural-compressor 3.7.1 takes the range of the rows that calibration happened to read, and lets all other rows wrap around
+    in uint8 instead of saturating (GatherOperator.convert): a token unseen in calibration would get a random embedding.
+    """
+    import numpy as np
+    from onnx import numpy_helper
+
+    before = {tensor.name: tensor for tensor in original.graph.initializer}
+    after = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        name = node.input[0].removesuffix("_quantized") if node.op_type == "Gather" else ""
+        if name not in before or node.input[0] not in after:
+            continue
+        table = numpy_helper.to_array(before[name])
+        low, high = min(float(table.min()), 0.0), max(float(table.max()), 0.0)
+        scale = np.float32((high - low) / 255 or 1)
+        zero = np.uint8(np.rint(-low / scale))
+        values = np.clip(np.rint(table / scale) + zero, 0, 255).astype(np.uint8)
+        # every reader takes (values, scale, zero point) side by side
+        places = {
+            (user.input[i + 1], user.input[i + 2])
+            for user in model.graph.node
+            for i, read in enumerate(user.input)
+            if read == node.output[0]
+        }
+        for content, label in (
+            (values, node.input[0]),
+            *((part, label) for pair in places for part, label in zip((scale, zero), pair, strict=True)),
+        ):
+            after[label].CopyFrom(numpy_helper.from_array(np.asarray(content), label))
+
+
+class _Loader:
+    """Training rows in the form in which neural-compressor reads them: again and again, as (inputs, label)."""
+
+    batch_size = calibration.CALIBRATION_BATCH
+
+    def __init__(self, model: Path, context: Context, samples: int) -> None:
+        self._arguments = (model, context, samples)
+
+    def __iter__(self) -> Iterator[tuple[dict[str, NDArray[np.int64]], int]]:
+        return ((feed, 0) for feed in calibration.feeds(*self._arguments))

@@ -1,0 +1,69 @@
+"""The figures of a task: its metrics over logits and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from onnxsqueeze.errors import MeasureError
+from onnxsqueeze.tasks.rows import TaskInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+def scores(info: TaskInfo, logits: NDArray[np.float32], labels: Sequence[int | float] | NDArray[Any]) -> dict[str, float]:
+    """Every metric of the task, in its order, as fractions (correlations as they are).
+
+    ``logits[n, outputs]`` in the rows' order; the class is the largest logit (the first of equals). f1 is that of class 1.
+    Matthews of one predicted class, a correlation of constant values and f1 without any class 1 are 0.0.
+    Raises MeasureError where the shape does not fit or a logit is not finite.
+    Source: sklearn.metrics.f1_score and matthews_corrcoef; scipy.stats.pearsonr and spearmanr.
+    """
+    return {metric: _score(metric, *_checked(info, logits, labels)) for metric in info.metrics}
+
+
+def primary(info: TaskInfo, logits: NDArray[np.float32], labels: Sequence[int | float] | NDArray[Any]) -> float:
+    """The one metric that decides; see `scores`."""
+    return _score(info.primary, *_checked(info, logits, labels))
+
+
+def _checked(
+    info: TaskInfo, logits: NDArray[np.float32], labels: Sequence[int | float] | NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """(truth, prediction), one value a row."""
+    import numpy as np
+
+    truth = np.asarray(labels)
+    if logits.shape != (len(truth), info.outputs) or not len(truth):
+        raise MeasureError(
+            f"task {info.name}: logits must have the shape ({len(truth)}, {info.outputs}) and a row at least, got {logits.shape}"
+        )
+    if not np.isfinite(logits).all():
+        rows = int((~np.isfinite(logits).all(axis=1)).sum())
+        raise MeasureError(
+            f"task {info.name}: {rows} of {len(truth)} rows have logits that are not finite",
+            remedy="lower the learning rate, or leave the layer that overflows in float32",
+        )
+    return truth, logits[:, 0].astype(np.float64) if info.kind == "regression" else logits.argmax(axis=1)
+
+
+def _score(metric: str, truth: NDArray[Any], prediction: NDArray[Any]) -> float:
+    if metric == "accuracy":
+        return float((truth == prediction).mean())
+    if metric in ("f1", "matthews"):
+        from sklearn.metrics import f1_score, matthews_corrcoef
+
+        if metric == "matthews" and (truth.min() == truth.max() or prediction.min() == prediction.max()):
+            return 0.0
+        return float(
+            f1_score(truth, prediction, pos_label=1, zero_division=0.0) if metric == "f1" else matthews_corrcoef(truth, prediction)
+        )
+    if metric in ("pearson", "spearman"):
+        from scipy.stats import pearsonr, spearmanr
+
+        if truth.min() == truth.max() or prediction.min() == prediction.max():
+            return 0.0
+        return float((pearsonr if metric == "pearson" else spearmanr)(truth, prediction)[0])
+    raise MeasureError(f"unknown metric {metric!r}")

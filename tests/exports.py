@@ -1,0 +1,34 @@
+"""Small exported models with rows to run them on, and how far two files' logits lie apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from models import FamilyName, artifact, random_checkpoint, toy_context
+from onnxsqueeze.artifact import Artifact
+from onnxsqueeze.stage import Changed, Context, Stage
+from onnxsqueeze.stages import calibration
+from onnxsqueeze.stages.export import Export
+
+
+def export(folder: Path, family: FamilyName) -> tuple[Artifact, Context]:
+    """A random two-layer model of ``family`` as exported into ``folder``, and the context it was exported in."""
+    context = toy_context(folder)
+    parent = artifact(random_checkpoint(folder / "checkpoint-folder", family))
+    return build(Export(kind="export"), parent, folder / "fp32", context)[0], context
+
+
+def build(stage: Stage, parent: Artifact, out: Path, context: Context) -> tuple[Artifact, Changed]:
+    """Run ``stage`` into the new folder ``out``."""
+    out.mkdir(parents=True)
+    changed = stage.run(parent, None, out, context)
+    return artifact(out, "onnx"), changed
+
+
+def distance(one: Artifact, other: Artifact, context: Context) -> float:
+    """Largest difference of two files' logits over all training rows, as a share of the first one's spread of logits."""
+    feeds = list(calibration.feeds(one.onnx, context, len(context.train.rows)))
+    a, b = (np.concatenate(calibration.logits(model.onnx, feeds, threads=1)) for model in (one, other))
+    return float(np.abs(a - b).max() / np.ptp(a, axis=0).max())

@@ -1,0 +1,211 @@
+"""Whole runs on a random two-layer model: every number in the record is looked up in the files that were written."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from models import random_checkpoint
+from onnxsqueeze.pipeline import Outcome
+from onnxsqueeze.results import read_results
+from onnxsqueeze.tasks.open import open_task
+from onnxsqueeze.tasks.settings import TaskSettings
+from onnxsqueeze.tokens import Encoder, pad
+from runs import Silent, run, small
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One store and one model for all runs of this module."""
+    folder = tmp_path_factory.mktemp("runs")
+    random_checkpoint(folder / "model", "bert", layers=2, head=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def qdp(place: Path) -> tuple[Outcome, list[str]]:
+    return run("qdp", place / "qdp", model=place / "model", store=place / "store", overrides=small("qdp"))
+
+
+def targets(outcome: Outcome) -> dict[str, Any]:
+    return {target.name: target for target in outcome.results.targets}
+
+
+def test_qdp_makes_every_target_and_skips_cuda_with_a_remedy(qdp: tuple[Outcome, list[str]]) -> None:
+    outcome, _ = qdp
+    rows = targets(outcome)
+    assert list(rows) == ["fp32", "int8-ort", "int8-inc", "qdp-ort", "qdp-inc", "cuda-fp32", "cuda-fp16", "cuda-w8"]
+    assert {name for name, row in rows.items() if row.status == "ok"} >= {"fp32", "int8-ort", "int8-inc", "qdp-ort", "qdp-inc"}
+    if rows["cuda-fp16"].status == "skipped":
+        assert "CUDA" in rows["cuda-fp16"].reason
+        assert "onnxruntime-gpu" in rows["cuda-fp16"].remedy
+    assert outcome.exit_code == 0
+
+
+def test_the_record_says_what_lies_in_the_files(qdp: tuple[Outcome, list[str]]) -> None:
+    outcome, _ = qdp
+    for target in outcome.results.targets:
+        file = outcome.out / str(target.model)
+        content = file.read_bytes()
+        recorded = {f.path: f for f in target.files}
+        assert recorded[str(target.model)].sha256 == hashlib.sha256(content).hexdigest()
+        assert target.size_bytes == len(content)
+        assert target.size_gzip_bytes is not None
+        assert abs(target.size_gzip_bytes - len(gzip.compress(content, 9))) <= 64
+        assert target.tokenizer_bytes == (file.parent / "tokenizer.json").stat().st_size
+        assert (file.parent / "config.json").is_file()
+
+
+def test_every_target_runs_in_a_stock_session_and_scores_what_the_record_says(qdp: tuple[Outcome, list[str]]) -> None:
+    outcome, _ = qdp
+    task = open_task(TaskSettings(name="toy", max_length=32), data_dir=None, seed=0)
+    (dev,) = task.dev()
+    for target in outcome.results.targets:
+        if target.backend != "cpu":
+            continue
+        folder = outcome.out / target.name
+        session = ort.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+        names = {given.name for given in session.get_inputs()}
+        encoder = Encoder(folder, 32)
+        right = 0
+        for row in dev.rows:
+            feed = pad(encoder.encode([row.text], [row.text_pair]), encoder.pad_id)
+            right += int(np.argmax(session.run(None, {k: v for k, v in feed.items() if k in names})[0])) == row.label
+        recorded = target.metrics["validation"]["accuracy"]
+        assert recorded.n == len(dev.rows)
+        assert recorded.value == pytest.approx(right / len(dev.rows))
+        assert recorded.ci95[0] <= recorded.value <= recorded.ci95[1]
+
+
+def test_the_student_is_smaller_pruned_and_compared_with_the_untouched_teacher(qdp: tuple[Outcome, list[str]]) -> None:
+    rows = targets(qdp[0])
+    assert rows["qdp-ort"].size_bytes < rows["int8-ort"].size_bytes < rows["fp32"].size_bytes
+    assert rows["qdp-ort"].vs_baseline.baseline == "fp32"
+    assert rows["qdp-ort"].vs_baseline.size_ratio == pytest.approx(rows["fp32"].size_bytes / rows["qdp-ort"].size_bytes)
+    assert rows["fp32"].vs_baseline is None
+    feed_forward = [w for w in rows["qdp-ort"].weights if w.class_ == "feed_forward"]
+    assert sum(w.zeros for w in feed_forward) / sum(w.n for w in feed_forward) > 0.4
+    assert [stage.kind for stage in rows["fp32"].stages] == ["finetune", "export"]
+    assert [stage.kind for stage in rows["qdp-ort"].stages] == ["finetune", "distill", "prune-weights", "export", "quantize-dynamic"]
+
+
+def test_latency_is_measured_as_the_record_says(qdp: tuple[Outcome, list[str]]) -> None:
+    for target in qdp[0].results.targets:
+        if target.status == "ok":
+            latency = target.latency
+            assert latency is not None
+            assert latency.n >= 20
+            assert latency.p99_ms is None or latency.n >= 459
+            assert 0 < latency.min_ms <= latency.p50_ms <= latency.p90_ms <= latency.max_ms
+            assert (latency.batch, latency.sequence, latency.threads) == (1, 32, 1)
+
+
+def test_no_record_names_a_path_of_this_machine(qdp: tuple[Outcome, list[str]], place: Path) -> None:
+    outcome, _ = qdp
+    for file in ("results.json", "report.md", "report.html"):
+        text = (outcome.out / file).read_text(encoding="utf-8")
+        assert str(place) not in text
+        assert not re.search(r"(?<![\w/.:<])/(home|root|tmp|usr|work|mnt)/", text)
+    assert read_results(outcome.out) == outcome.results
+
+
+def test_a_second_run_makes_and_measures_nothing(qdp: tuple[Outcome, list[str]], place: Path) -> None:
+    before = {f: f.read_bytes() for f in sorted(qdp[0].out.rglob("*.onnx"))}
+    again, lines = run("qdp", place / "qdp", model=place / "model", store=place / "store", overrides=small("qdp"))
+    assert not [line for line in lines if line.endswith("…")], lines
+    assert {f: f.read_bytes() for f in before} == before
+    assert [t.latency for t in again.results.targets] == [t.latency for t in qdp[0].results.targets]
+    assert again.results.task.splits[0].looks == qdp[0].results.task.splits[0].looks
+
+
+@pytest.mark.parametrize("recipe", ["none", "q", "d", "p"])
+def test_one_recipe_per_single_method(recipe: str, qdp: tuple[Outcome, list[str]], place: Path) -> None:
+    outcome, lines = run(recipe, place / recipe, model=place / "model", store=place / "store", overrides=small(recipe))
+    assert outcome.exit_code == 0, outcome.problems
+    assert {target.status for target in outcome.results.targets} == {"ok"}
+    assert any(line.startswith("finetune: in the store") for line in lines)  # the teacher is the one that qdp made
+    assert read_results(outcome.out) == outcome.results
+
+
+def test_a_model_with_a_trained_head_is_the_teacher_as_it_is(place: Path) -> None:
+    model = random_checkpoint(place / "trained", "bert", layers=2, head=True)
+    config = json.loads((model / "config.json").read_text())
+    config["id2label"], config["label2id"] = {"0": "negative", "1": "positive"}, {"negative": 0, "positive": 1}
+    (model / "config.json").write_text(json.dumps(config))
+    outcome, lines = run("q", place / "trained-q", model=model, store=place / "store", overrides=small("q"))
+    assert any(line.startswith("finetune: skipped: the model has a trained head") for line in lines)
+    stages = targets(outcome)["int8-ort"].stages
+    assert [(stage.id, stage.skipped is not None) for stage in stages] == [
+        ("finetune", True),
+        ("export", False),
+        ("quantize-dynamic", False),
+    ]
+
+
+def test_a_recipe_without_a_baseline_gets_one(place: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "bare.yaml"
+    recipe.write_text(
+        "schema: 1\nname: bare\ntask: toy\nstages: [{kind: finetune}, {kind: distill, layers: 1, epochs: 1}]\ntargets: [{name: small, stages: [{kind: export}]}]\n"
+    )
+    outcome, _ = run(recipe, place / "bare", model=place / "model", store=place / "store", overrides=small(""))
+    rows = targets(outcome)
+    assert rows["small"].vs_baseline.baseline == "baseline-cpu"
+    assert [stage.kind for stage in rows["baseline-cpu"].stages] == ["finetune", "export"]
+
+
+def test_a_missed_gate_ends_with_3_and_says_which_target_missed_what_by_how_much(place: Path) -> None:
+    outcome, _ = run("q", place / "gate", model=place / "model", store=place / "store", overrides=[*small("q"), "gates.min_size_ratio=50"])
+    assert outcome.exit_code == 3
+    message = str(outcome.problems[0])
+    assert re.search(r"target int8-ort missed 1 of its gates: min_size_ratio is [\d.]+, the limit is 50 \(missed by [\d.]+\)", message)
+
+
+def test_require_turns_a_skip_into_a_failure(place: Path) -> None:
+    outcome, _ = run("qdp", place / "required", model=place / "model", store=place / "store", overrides=small("qdp"), require=["cuda"])
+    if targets(outcome)["cuda-fp32"].status == "ok":
+        pytest.skip("this machine has CUDA")
+    assert outcome.exit_code == 1
+    assert "--require cuda" in str(outcome.problems[0])
+
+
+def test_no_stage_opens_the_dev_file(place: Path, tmp_path: Path) -> None:
+    """Real files: the audit hook sees every open of this process while the stages run."""
+    rng = np.random.default_rng(0)
+    for name, n in (("train", 400), ("dev", 40)):
+        lines = [
+            f"{'good' if good else 'bad'} {' '.join(rng.choice(['film', 'plot', 'story', 'cat', 'dog', 'day', 'way', 'city'], 5))} {i}\t{good}"
+            for i, good in enumerate(rng.integers(0, 2, n))
+        ]
+        (tmp_path / f"{name}.tsv").write_text("text\tlabel\n" + "\n".join(lines) + "\n")
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(
+        "schema: 1\nname: own\ntask: {train: train.tsv, dev: dev.tsv}\nstages: [{kind: finetune, epochs: 1}]\ntargets: [{name: small, stages: [{kind: export}, {kind: quantize-dynamic}]}]\n"
+    )
+    watcher = Silent()
+    told_before: list[list[str]] = []  # what the watcher had been told when the dev file was opened
+    watching = [True]
+
+    def watch(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and watching[0] and str(args[0]).endswith("dev.tsv"):
+            told_before.append(list(watcher.lines))
+
+    sys.addaudithook(watch)
+    overrides = ["task.max_length=32", "measure={sequence: 16, shapes: [], min_runs: 20, min_seconds: 0}"]
+    try:
+        _, lines = run(recipe, tmp_path / "out", model=place / "model", store=place / "store", overrides=overrides, watcher=watcher)
+    finally:
+        watching[0] = False
+    finished = [line for line in lines if line.startswith(("finetune:", "export:", "quantize-dynamic:"))]
+    assert len(finished) == 4
+    assert told_before, "measuring opens it, so the hook sees what it should"
+    for told in told_before:
+        assert set(finished) <= set(told), "the dev file was opened before the last stage was done"

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from exports import export
+from onnxsqueeze import graph
+from onnxsqueeze.artifact import EXTERNAL_DATA_FILE
+from onnxsqueeze.errors import StageError
+
+STAGES = """
+import sys
+from pathlib import Path
+from exports import build, export
+from onnxsqueeze.stages.float16 import Float16
+from onnxsqueeze.stages.quantize_dynamic import QuantizeDynamic
+from onnxsqueeze.stages.quantize_inc import QuantizeInc
+from onnxsqueeze.stages.quantize_static import QuantizeStatic
+from onnxsqueeze.stages.quantize_weights import QuantizeWeights
+
+root = Path(sys.argv[1])
+parent, context = export(root, "bert")
+stages = [QuantizeDynamic(kind="quantize-dynamic"), QuantizeStatic(kind="quantize-static"), QuantizeWeights(kind="quantize-weights"), Float16(kind="float16")]
+if QuantizeInc(kind="quantize-inc").unavailable() is None:
+    stages += [QuantizeInc(kind="quantize-inc", id=approach, approach=approach) for approach in ("dynamic", "static")]
+for stage in stages:
+    build(stage, parent, root / stage.name, context)
+"""
+
+
+def test_every_stage_writes_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent / "src")]), "OMP_NUM_THREADS": "1"}
+    runs = []
+    for seed in ("1", "2"):
+        command = [sys.executable, "-c", STAGES, str(tmp_path / seed)]
+        runs.append(
+            subprocess.Popen(command, env={**environment, "PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        )
+    for run in runs:
+        output, _ = run.communicate()
+        assert (run.returncode, output) == (0, b"")
+    files = [{file.relative_to(tmp_path / seed): file.read_bytes() for file in (tmp_path / seed).rglob("*.onnx")} for seed in ("1", "2")]
+    assert len(files[0]) == (7 if importlib.util.find_spec("neural_compressor") else 5)
+    assert [name for name in files[0] if files[0][name] != files[1].get(name)] == []
+    for content in files[0].values():
+        assert str(tmp_path).encode() not in content
+
+
+def test_weights_above_the_threshold_lie_beside_the_graph_and_the_model_still_runs(tmp_path: Path) -> None:
+    parent, _ = export(tmp_path, "bert")
+    folder = tmp_path / "external"
+    folder.mkdir()
+    graph.save(graph.load(parent.onnx), folder, external_above_bytes=10_000)
+    assert sorted(os.listdir(folder)) == ["model.onnx", EXTERNAL_DATA_FILE]
+    assert (folder / "model.onnx").stat().st_size < parent.onnx.stat().st_size / 2
+    graph.check(folder / "model.onnx", like=parent.onnx)
+    assert graph.weights(folder / "model.onnx") == graph.weights(parent.onnx)
+    assert graph.operators(folder / "model.onnx") == graph.operators(parent.onnx)
+
+
+def test_weights_are_told_apart_by_what_they_do(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    parent, _ = export(tmp_path, "bert")
+    stored = load_file(tmp_path / "checkpoint-folder" / "model.safetensors")
+    found = {w.class_: w for w in graph.weights(parent.onnx) if w.dtype == "float32"}
+    expected = {
+        "embedding": sum(v.size for k, v in stored.items() if "embeddings." in k and "LayerNorm" not in k),
+        "head": sum(v.size for k, v in stored.items() if "pooler" in k or "classifier" in k),
+    }
+    assert {name: found[name].n for name in expected} == expected
+    matrices = {k: v.size for k, v in stored.items() if v.ndim == 2}
+    assert found["attention"].n >= sum(n for k, n in matrices.items() if "attention" in k)
+    assert found["feed_forward"].n >= sum(n for k, n in matrices.items() if "encoder" in k and "attention" not in k)
+    assert sum(w.bytes for w in graph.weights(parent.onnx)) < parent.onnx.stat().st_size
+
+
+def one_node(node: onnx.NodeProto, tensors: dict[str, np.ndarray], folder: Path) -> Path:  # type: ignore[type-arg]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    multiply = helper.make_node("MatMul", ["x", "w"], ["y"], "/encoder/layer.0/attention/self/query/MatMul")
+    inner = helper.make_graph([node, multiply], "g", [x], [y], [numpy_helper.from_array(v, k) for k, v in tensors.items()])
+    return graph.save(helper.make_model(inner, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), folder)
+
+
+def test_zeros_are_counted_relative_to_the_zero_point(tmp_path: Path) -> None:
+    q = np.array([[128, 0], [3, 7], [128, 7], [1, 2]], np.uint8)
+    tensors = {"q": q, "s": np.array([0.5, 0.25], np.float32), "z": np.array([128, 7], np.uint8)}
+    path = one_node(helper.make_node("DequantizeLinear", ["q", "s", "z"], ["w"], axis=1), tensors, tmp_path)
+    found = {(w.class_, w.dtype): (w.n, w.zeros, w.bytes) for w in graph.weights(path)}
+    assert found == {("attention", "uint8"): (8, 4, 8), ("other", "uint8"): (2, 0, 2), ("other", "float32"): (2, 0, 8)}
+
+
+def test_written_files_hold_no_notes_no_paths_and_nothing_unused(tmp_path: Path) -> None:
+    node = helper.make_node("DequantizeLinear", ["q", "s"], ["w"], doc_string="/home/somebody/model.py(12): forward")
+    tensors = {"q": np.ones((4, 2), np.int8), "s": np.array(0.5, np.float32), "unused": np.ones(3, np.float32)}
+    path = one_node(node, tensors, tmp_path)
+    assert b"somebody" not in path.read_bytes()
+    assert b"unused" not in path.read_bytes()
+    assert graph.load(path).producer_name == "onnxsqueeze"
+
+
+def test_check_names_what_is_wrong(tmp_path: Path) -> None:
+    parent, _ = export(tmp_path, "bert")
+    graph.check(parent.onnx, like=parent.onnx)
+
+    def damaged(name: str) -> tuple[onnx.ModelProto, Path]:
+        (tmp_path / name).mkdir()
+        return graph.load(parent.onnx), tmp_path / name
+
+    model, folder = damaged("renamed")
+    model.graph.output[0].name = "scores"
+    next(node for node in model.graph.node if "logits" in node.output).output[0] = "scores"
+    with pytest.raises(StageError, match="output scores float32, the parent has .*output logits float32"):
+        graph.check(graph.save(model, folder), like=parent.onnx)
+    model, folder = damaged("unknown")
+    next(node for node in model.graph.node if node.op_type == "Softmax").op_type = "Softmin"
+    with pytest.raises(StageError, match="Softmin"):
+        graph.check(graph.save(model, folder))
+    model, folder = damaged("contributed")
+    node = next(node for node in model.graph.node if node.op_type == "Erf")
+    node.op_type, node.domain = "NoSuchOperator", "com.microsoft"
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    with pytest.raises(StageError, match="cannot load it"):
+        graph.check(graph.save(model, folder))
+    with pytest.raises(StageError, match="not valid ONNX"):
+        (tmp_path / "half").mkdir()
+        half = tmp_path / "half" / "model.onnx"
+        half.write_bytes(parent.onnx.read_bytes()[:5000])
+        graph.check(half)

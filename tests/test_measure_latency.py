@@ -1,0 +1,271 @@
+"""Interleaved timing: what is slower is found slower by the right ratio, equals tie, and conditions are recorded."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from models import silent
+from onnxsqueeze.errors import MeasureError, Unavailable
+from onnxsqueeze.measure.latency import P99_RUNS, ROUNDS, Candidate, LatencyResult, Runs, measure_latency, verdict
+from onnxsqueeze.measure.settings import MeasureSettings, Shape
+from test_backends import classifier
+
+SHAPE = Shape(batch=1, sequence=16, threads=1)
+QUICK = MeasureSettings(min_runs=100, min_seconds=0)
+
+
+class Sleeper:
+    """A session whose runs take a known time on the bench's clock, plus a seeded percent of unrest."""
+
+    def __init__(self, name: str, bench: Bench) -> None:
+        self.name, self.bench, self.load_s, self.closed = name, bench, 0.25, False
+
+    def run(self, feed: Mapping[str, NDArray[np.int64]]) -> None:
+        ms = self.bench.ms[self.name]
+        self.bench.calls.append(self.name)
+        self.bench.feeds.append(feed)
+        self.bench.now_ns += int((ms if isinstance(ms, float) else ms()) * 1e6 * (1 + 0.01 * self.bench.unrest.random()))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Bench:
+    """Times sleepers by a clock that only they move; ``ms`` is the time of a run per name."""
+
+    def __init__(self, folder: Path, config: Mapping[str, object] | None = None, **ms: float | Callable[[], float]) -> None:
+        self.calls: list[str] = []
+        self.feeds: list[Mapping[str, NDArray[np.int64]]] = []
+        self.sessions: list[Sleeper] = []
+        self.told: list[tuple[int, int, str]] = []
+        self.candidates, self.ms, self.now_ns, self.unrest = [], ms, 0, np.random.default_rng(0)
+        for name in ms:
+            (folder / name).mkdir(parents=True)
+            (folder / name / "config.json").write_text(json.dumps(config if config is not None else {"vocab_size": 30}), encoding="utf-8")
+            self.candidates.append(Candidate(name, folder / name / "model.onnx", "cpu"))
+
+    def opener(self, backend: str, onnx: Path, threads: int) -> Runs:
+        assert (backend, threads) == ("cpu", 1)
+        self.sessions.append(Sleeper(onnx.parent.name, self))
+        return self.sessions[-1]
+
+    def hear(self, done: int, total: int, note: str = "") -> None:
+        self.told.append((done, total, note))
+
+    def measure(self, baseline: str | None, settings: MeasureSettings = QUICK, shape: Shape = SHAPE) -> dict[str, LatencyResult]:
+        return measure_latency(self.candidates, baseline, shape, settings, self.hear, opener=self.opener, clock=lambda: self.now_ns)
+
+
+def test_a_slower_and_a_faster_model_are_found_with_the_right_ratio(tmp_path: Path) -> None:
+    found = Bench(tmp_path, base=1.0, slow=2.0, fast=0.5).measure("base")
+
+    assert found["slow"].speedup == pytest.approx(0.5, rel=0.05)
+    assert found["fast"].speedup == pytest.approx(2.0, rel=0.05)
+    assert (found["slow"].verdict, found["fast"].verdict) == ("slower", "faster")
+    assert found["fast"].speedup is not None
+    assert found["fast"].speedup_ci95 is not None
+    low, high = found["fast"].speedup_ci95
+    assert 1.8 < low <= found["fast"].speedup <= high < 2.2
+    assert found["base"].latency.p50_ms == pytest.approx(1.0, rel=0.05)
+
+
+def test_two_equal_models_tie_and_a_baseline_has_no_ratio(tmp_path: Path) -> None:
+    found = Bench(tmp_path, base=0.5, same=0.5).measure("base")
+
+    assert found["same"].verdict == "tie"
+    assert (found["base"].speedup, found["base"].speedup_ci95, found["base"].verdict) == (None, None, "tie")
+
+
+def test_without_a_baseline_there_is_a_latency_and_no_verdict(tmp_path: Path) -> None:
+    found = Bench(tmp_path, only=0.3).measure(None)
+
+    assert (found["only"].speedup, found["only"].verdict) == (None, "unproven")
+    assert found["only"].latency.n >= 100
+
+
+def test_a_difference_that_two_sessions_of_one_file_can_have_is_a_tie() -> None:
+    assert verdict(1.01, (1.005, 1.015)) == "tie"
+    assert verdict(1.5, (0.99, 2.0)) == "tie"
+    assert verdict(1.5, (1.4, 1.6)) == "faster"
+    assert verdict(0.7, (0.65, 0.75)) == "slower"
+    assert verdict(0.99, (0.985, 0.995)) == "tie"
+
+
+def test_every_model_runs_one_block_a_round_and_stands_equally_often_in_every_place(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a=0.05, b=0.05, c=0.05, d=0.05)
+    found = bench.measure("a", MeasureSettings(min_runs=20, min_seconds=0))
+    blocks = [bench.calls[-2 * 4 * ROUNDS + i] for i in range(0, 2 * 4 * ROUNDS, 2)]  # one uncounted and one counted run each
+    rounds = [blocks[i : i + 4] for i in range(0, len(blocks), 4)]
+
+    assert all(sorted(one) == ["a", "b", "c", "d"] for one in rounds)
+    for place in range(4):
+        assert Counter(one[place] for one in rounds) == dict.fromkeys("abcd", ROUNDS // 4)
+    assert {len(result.samples_ms) for result in found.values()} == {ROUNDS}
+    assert len({tuple(one) for one in rounds}) > 4  # not one order turned round and round
+
+
+def test_runs_and_seconds_both_reach_what_was_asked(tmp_path: Path) -> None:
+    found = Bench(tmp_path, base=0.4, slow=4.0).measure("base", MeasureSettings(min_runs=60, min_seconds=0.2))
+
+    assert found["slow"].latency.n == 60
+    assert found["base"].latency.n > 300
+    for result in found.values():
+        times = np.concatenate(result.samples_ms)
+        assert len(times) == result.latency.n
+        assert times.sum() >= 200
+        assert (times.min(), times.max()) == (result.latency.min_ms, result.latency.max_ms)
+
+
+@pytest.mark.parametrize(("runs", "known"), [(P99_RUNS - 19, False), (P99_RUNS + 1, True)])
+def test_p99_is_only_told_from_459_runs_on(tmp_path: Path, runs: int, known: bool) -> None:
+    latency = Bench(tmp_path, base=0.02).measure("base", MeasureSettings(min_runs=runs, min_seconds=0))["base"].latency
+
+    assert latency.n == runs
+    assert (latency.p99_ms is not None) == known
+
+
+def test_the_limit_of_p99_is_exact() -> None:
+    from onnxsqueeze.measure.latency import _latency
+
+    def p99(n: int) -> float | None:
+        blocks = tuple(np.array_split(np.arange(1.0, n + 1), ROUNDS))
+        return _latency(blocks, SHAPE, 0.1, 1.0, 5, True).p99_ms
+
+    assert p99(458) is None
+    assert p99(459) == 455  # ceil(0.99 · 459)
+
+
+def test_a_machine_that_slows_down_half_way_proves_nothing(tmp_path: Path) -> None:
+    def load() -> float:
+        done, total, _ = bench.told[-1] if bench.told else (0, 1, "")
+        return 1.5 if done > total / 2 else 1.0
+
+    bench = Bench(tmp_path, base=lambda: 0.3 * load(), other=lambda: 0.1 * load())
+    found = bench.measure("base")
+
+    assert not found["base"].latency.valid
+    assert found["other"].verdict == "unproven"
+    assert found["other"].speedup == pytest.approx(3.0, rel=0.05)
+
+
+def test_warm_up_ends_when_two_windows_agree(tmp_path: Path) -> None:
+    cold = iter([50.0, 40.0, *np.linspace(30, 10, 28)])
+    latency = Bench(tmp_path, base=lambda: next(cold, 10.0)).measure("base")["base"].latency
+
+    assert latency.steady
+    assert 30 <= latency.warmup <= 50
+    assert latency.first_run_ms == pytest.approx(50, rel=0.02)
+    assert latency.max_ms < 10.2
+
+
+def test_warm_up_that_never_becomes_steady_ends_and_says_so(tmp_path: Path) -> None:
+    runs = iter(range(1, 100_000))
+    latency = Bench(tmp_path, grows=lambda: 2.0 * next(runs)).measure(None)["grows"].latency
+
+    assert not latency.steady
+    assert 10 <= latency.warmup < 200
+
+
+def test_progress_tells_which_model_and_ends_at_the_total(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, a=0.1, b=0.1)
+    bench.measure("a")
+
+    assert bench.told[0] == (0, 2 * (ROUNDS + 1), "warming up a")
+    assert bench.told[-1][0] == bench.told[-1][1]
+    assert [done for done, _, _ in bench.told] == list(range(2 * (ROUNDS + 1) + 1))
+
+
+def test_load_comes_from_a_second_session_and_all_are_closed(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, base=0.05)
+    latency = bench.measure("base")["base"].latency
+
+    assert len(bench.sessions) == 2
+    assert all(session.closed for session in bench.sessions)
+    assert latency.load_s == 0.25
+
+
+def test_inputs_are_ids_of_the_vocabulary_without_padding_the_same_in_every_run(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {"vocab_size": 7, "pad_token_id": 1}, base=0.02)
+    bench.measure("base", shape=Shape(batch=3, sequence=40, threads=1))
+
+    first = bench.feeds[0]
+    assert {name: value.shape for name, value in first.items()} == dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), (3, 40))
+    assert set(first["input_ids"].ravel()) == {0, 2, 3, 4, 5, 6}
+    assert first["attention_mask"].all()
+    assert not first["token_type_ids"].any()
+    assert all(np.array_equal(feed["input_ids"], first["input_ids"]) for feed in bench.feeds)
+
+
+def test_a_sequence_beyond_the_model_s_positions_is_an_error_that_says_what_to_set(tmp_path: Path) -> None:
+    bert = Bench(tmp_path, {"vocab_size": 9, "max_position_embeddings": 16}, base=0.02)
+    bert.measure("base", MeasureSettings(min_runs=20, min_seconds=0))
+    (tmp_path / "roberta").mkdir()
+    roberta = Bench(
+        tmp_path / "roberta", {"vocab_size": 9, "max_position_embeddings": 17, "pad_token_id": 1, "model_type": "roberta"}, r=0.02
+    )
+
+    with pytest.raises(MeasureError, match="takes at most 16 tokens, measure asks for 17") as caught:
+        bert.measure("base", shape=Shape(batch=1, sequence=17, threads=1))
+    assert "measure.sequence" in (caught.value.remedy or "")
+    with pytest.raises(MeasureError, match="takes at most 15 tokens"):
+        roberta.measure("r")
+
+
+def test_a_model_without_its_configuration_is_an_error(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {}, base=0.02)
+
+    with pytest.raises(MeasureError, match=r"base: config\.json: no vocab_size"):
+        bench.measure("base")
+
+
+def test_real_sessions_are_timed_and_more_work_takes_longer(tmp_path: Path) -> None:
+    candidates = []
+    for name, width in (("small", 256), ("large", 4096)):
+        (tmp_path / name).mkdir()
+        classifier(tmp_path / name / "model.onnx", width=width)
+        (tmp_path / name / "config.json").write_text('{"vocab_size": 50}', encoding="utf-8")
+        candidates.append(Candidate(name, tmp_path / name / "model.onnx", "cpu"))
+    found = measure_latency(
+        candidates, "large", Shape(batch=2, sequence=64, threads=1), MeasureSettings(min_runs=200, min_seconds=0.1), silent
+    )
+
+    assert found["small"].verdict == "faster"
+    latency = found["small"].latency
+    assert (latency.batch, latency.sequence, latency.threads) == (2, 64, 1)
+    assert 0 < latency.min_ms <= latency.p50_ms <= latency.p90_ms <= latency.max_ms
+    assert latency.load_s > 0
+
+
+def test_a_backend_that_does_not_start_is_unavailable(tmp_path: Path) -> None:
+    import onnxruntime as ort
+
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    bench = Bench(tmp_path, base=0.1)
+
+    with pytest.raises(Unavailable, match="no CUDAExecutionProvider"):
+        measure_latency([Candidate("base", bench.candidates[0].onnx, "cuda")], "base", SHAPE, QUICK, silent)
+
+
+def test_settings_refuse_what_cannot_be_measured() -> None:
+    for wrong in (
+        {"batch": 0},
+        {"sequence": 0},
+        {"threads": 0},
+        {"min_runs": 19},
+        {"min_seconds": -1},
+        {"sequnce": 5},
+        {"shapes": [{"sequence": 0}]},
+    ):
+        with pytest.raises(ValidationError):
+            MeasureSettings.model_validate(wrong)
+    assert MeasureSettings().shape == Shape(batch=1, sequence=128, threads=1)
+    assert (MeasureSettings().min_runs, MeasureSettings().min_seconds) == (100, 3.0)

@@ -1,0 +1,265 @@
+"""Reports: drawn from records alone, saying what they must, the same each time."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from onnxsqueeze.errors import StoreError
+from onnxsqueeze.report.markdown import markdown
+from onnxsqueeze.report.summary import Row, tables, useless_zeros
+from onnxsqueeze.report.terminal import print_summary
+from onnxsqueeze.report.write import write_reports
+from onnxsqueeze.results import Gate, Results, Target, WeightClass
+from records import cpu_targets, drop, latency, measured, qdp_results, versus, weights
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name: str, text: str) -> None:
+    """Compare with a kept file; ``UPDATE_GOLDEN=1 pytest`` writes it anew."""
+    file = GOLDEN / name
+    if os.environ.get("UPDATE_GOLDEN"):
+        file.write_text(text, encoding="utf-8")
+    assert text == file.read_text(encoding="utf-8"), f"{name}: differs; look at it, then UPDATE_GOLDEN=1"
+
+
+def printed(results: Results, width: int, encoding: str = "utf-8") -> str:
+    raw = io.BytesIO()
+    with io.TextIOWrapper(raw, encoding=encoding) as file:
+        print_summary([results], Console(file=file, width=width, highlight=False))
+        file.flush()
+        return "\n".join(line.rstrip() for line in raw.getvalue().decode(encoding).splitlines()) + "\n"
+
+
+def row_of(results: Results, name: str) -> Row:
+    return next(row for table in tables(results) for row in table.rows if row.name == name)
+
+
+def only(target: Target, **changes: object) -> Results:
+    return qdp_results(targets=(target.model_copy(update=changes),))
+
+
+def test_markdown_is_as_kept() -> None:
+    golden("report.md", markdown([qdp_results()]))
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_terminal_table_is_as_kept(width: int) -> None:
+    golden(f"report-terminal-{width}.txt", printed(qdp_results(), width))
+
+
+@pytest.mark.parametrize("width", range(24, 181, 12))
+def test_terminal_breaks_no_number_and_no_line_at_any_width(width: int) -> None:
+    lines = printed(qdp_results(), width).splitlines()
+    assert max(map(len, lines)) <= width
+    start = next(i for i, line in enumerate(lines) if line.startswith("target"))
+    table = lines[start + 1 : lines.index("", start)]
+    assert len(table) == 6, "one line a target"
+    shown = {
+        text
+        for row in tables(qdp_results())[0].measured
+        for text in (row.size, row.smaller, row.p50, row.faster, row.metric, row.delta, row.gzip, *row.p.split())
+    }
+    numbers = [text for line in table for text in re.sub(r"\[[^]]*\]", "", line).split()[1:] if re.search(r"\d", text)]
+    assert numbers
+    assert set(numbers) <= shown
+
+
+def test_terminal_without_unicode_gets_ascii() -> None:
+    text = printed(qdp_results(), 80, encoding="ascii")
+    assert "3.94x" in text
+    assert "?" not in text
+
+
+def test_terminal_obeys_no_escape_sequence_of_a_record() -> None:
+    target = cpu_targets()[0].model_copy(update={"name": "a\x1b[2Jb[red]"})
+    assert "\x1b" not in printed(qdp_results(targets=(target,)), 80)
+    assert "b[red]" in printed(qdp_results(targets=(target,)), 80)
+
+
+def test_baseline_stands_first_wherever_the_recipe_has_it() -> None:
+    results = qdp_results()
+    assert results.targets[0].name == "int8-ort"
+    assert [row.name for row in tables(results)[0].rows][:2] == ["fp32", "int8-ort"]
+
+
+def test_skipped_and_failed_rows_carry_reason_and_remedy() -> None:
+    results = qdp_results()
+    for text in (markdown([results]), " ".join(printed(results, 80).split())):
+        assert "no CUDA provider" in text
+        assert "install onnxruntime-gpu on a machine with an NVIDIA GPU" in text
+        assert "minmax calibration met a NaN in layer 4" in text
+        assert "or take quantize-dynamic" in text
+
+
+def test_a_slower_target_is_marked_so() -> None:
+    assert "slower than its baseline fp32" in row_of(qdp_results(), "int4-ort").warnings
+    assert not any("slower" in w for w in row_of(qdp_results(), "qdp-ort").warnings)
+
+
+def test_a_missed_gate_says_by_how_much_and_a_narrow_pass_is_not_called_proven() -> None:
+    missed, narrow, safe = (row_of(qdp_results(), name) for name in ("int4-ort", "qdp-ort", "int8-inc"))
+    assert (missed.status, missed.gates[0].verdict) == ("gate missed", "missed by 3.39")
+    assert (narrow.status, narrow.gates[0].verdict) == ("ok", "passed by 1.02, not proven")
+    assert safe.gates[0].verdict == "passed by 2.00"
+
+
+def test_a_speed_gate_is_proven_by_the_low_end_of_its_interval() -> None:
+    target = next(t for t in cpu_targets() if t.name == "qdp-ort")  # 3.673 [3.563, 3.802]
+    proven = {
+        limit: row_of(only(target, gates=(Gate(name="min_speedup", limit=limit, value=3.673, passed=True),)), "qdp-ort").gates[0].proven
+        for limit in (3.5, 3.6)
+    }
+    assert proven == {3.5: True, 3.6: False}
+
+
+def test_zeros_that_save_no_bytes_are_named_and_packed_ones_are_not() -> None:
+    assert any("zeros save no bytes: 61.0 %" in remark for remark in row_of(qdp_results(), "qdp-ort").remarks)
+    assert not any("zeros" in remark for remark in row_of(qdp_results(), "int8-ort").remarks), "3 % are no reason to hope"
+    dense = WeightClass(class_="attention", dtype="int8", n=1000, zeros=600, bytes=1000)
+    assert useless_zeros([dense, dense.model_copy(update={"bytes": 525}), dense.model_copy(update={"zeros": 100})]) == (dense,)
+
+
+def test_the_smallest_and_the_fastest_are_chosen_among_those_that_hold_their_gates() -> None:
+    table = tables(qdp_results())[0]
+    assert [(f.label, f.row.name) for f in table.findings] == [("Smallest", "qdp-inc"), ("Fastest", "qdp-ort")]
+    assert table.condition == "passes every gate"
+    best = max(cpu_targets(), key=lambda t: t.vs_baseline.size_ratio if t.vs_baseline else 0)
+    assert best.name == "int4-ort", "smaller still, but it missed"
+
+
+def test_without_gates_a_worse_target_is_no_finding() -> None:
+    table = tables(qdp_results(targets=tuple(t.model_copy(update={"gates": ()}) for t in cpu_targets())))[0]
+    assert "int4-ort" not in [f.row.name for f in table.findings]
+    assert table.condition == "is not measurably worse than the baseline"
+
+
+def test_no_finding_is_said_plainly() -> None:
+    base = next(t for t in cpu_targets() if t.baseline)
+    bad = next(t for t in cpu_targets() if t.name == "int4-ort")
+    results = qdp_results(targets=(base, bad))
+    assert "No target is smaller or faster than the baseline and passes every gate." in markdown([results])
+
+
+def test_a_reused_latency_names_its_day_and_a_drifting_one_is_not_trusted() -> None:
+    target = next(t for t in cpu_targets() if t.name == "qdp-ort")
+    assert "its latency was measured on 2026-11-12 and is reused" in row_of(qdp_results(), "int8-inc").remarks
+    assert "not valid" in row_of(only(target, latency=latency(9.1, valid=False)), "qdp-ort").warnings[-1]
+    assert "its warm-up ended before the times were steady" in row_of(only(target, latency=latency(9.1, steady=False)), "qdp-ort").remarks
+
+
+def test_generated_data_and_looks_at_the_dev_set_are_stated() -> None:
+    results = qdp_results()
+    assert "looked at 3 times before" in markdown([results])
+    generated = results.task.model_copy(update={"generated": True})
+    assert "generated by a grammar" in markdown([qdp_results(task=generated)])
+    assert "generated by a grammar" not in markdown([results])
+
+
+def test_correlations_and_fractions_both_count_in_points() -> None:
+    results = qdp_results()
+    metrics = {"dev": {"matthews": results.targets[0].metrics["dev"]["accuracy"]}}
+    task = results.task.model_copy(update={"primary": "matthews"})
+    table = tables(qdp_results(task=task, targets=(results.targets[0].model_copy(update={"metrics": metrics}),)))[0]
+    assert (table.metric, table.rows[0].metric) == ("matthews, ×100", "77.9")
+
+
+def test_hostile_text_cannot_leave_its_markdown_cell() -> None:
+    name = "x|y\n| z <script>alert(1)</script> `a` [l](http://e) **b** _c_"
+    text = markdown([only(cpu_targets()[0], name=name)])
+    assert "<script>" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| x")]
+    assert rows
+    assert all(
+        line.startswith(r"| x\|y \| z &lt;script&gt;alert(1)&lt;/script&gt; \`a\` \[l\](http://e) \*\*b\*\* \_c\_ |") for line in rows
+    )
+
+
+def test_a_command_with_backticks_stays_in_its_fence() -> None:
+    text = markdown([qdp_results(command="onnxsqueeze run a.yaml ```\n# title")])
+    assert "````text\nonnxsqueeze run a.yaml ``` # title\n````" in text
+
+
+def test_several_runs_share_one_page_with_an_overview() -> None:
+    text = markdown([qdp_results(), qdp_results(seed=1)])
+    assert text.startswith("# 2 runs of onnxsqueeze\n\n## All runs\n")
+    assert "\n## qdp on mrpc, seed 0\n" in text
+    assert "\n## qdp on mrpc, seed 1\n" in text
+    other = qdp_results().environment.model_copy(update={"cpu": "FIXTURE EPYC"})
+    assert "Latencies of different processors do not compare" in markdown([qdp_results(), qdp_results(environment=other)])
+
+
+def test_a_target_whose_latency_or_metric_is_missing_is_still_drawn() -> None:
+    bare = Target(name="bare", backend="cpu", provider="CPUExecutionProvider", status="ok", size_bytes=12_345)
+    row = row_of(qdp_results(targets=(bare,)), "bare")
+    assert (row.size, row.p50, row.metric, row.delta) == ("0.012", "–", "–", "–")
+    assert "bare" in markdown([qdp_results(targets=(bare,))])
+
+
+def test_a_stage_that_two_targets_share_stands_once() -> None:
+    text = markdown([qdp_results()])
+    assert text.count("| distill | distill | qdp-ort, qdp-inc |") == 1
+    assert text.count("| export | export |") == 2, "the teacher's and the student's"
+
+
+def test_pages_are_written_whole_beside_the_record_and_name_no_folder(tmp_path: Path) -> None:
+    paths = write_reports([qdp_results()], tmp_path)
+    assert [p.name for p in paths] == ["report.md", "report.html"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.md"], "no draft is left"
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        assert str(tmp_path) not in text
+        assert not re.search(r"(?<![\w.<:/])/(home|root|tmp|work|usr|var|mnt|Users)/", text)
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError):
+        write_reports([qdp_results()], tmp_path / "file")
+
+
+def test_a_record_that_was_read_back_draws_the_same_pages(tmp_path: Path) -> None:
+    from onnxsqueeze.report.html import html
+    from onnxsqueeze.results import read_results
+
+    (tmp_path / "results.json").write_text(qdp_results().to_json(), encoding="utf-8")
+    again = read_results(tmp_path)
+    assert markdown([again]) == markdown([qdp_results()])
+    assert html([again]) == html([qdp_results()])
+
+
+def test_reports_are_drawn_without_any_machine_learning_library() -> None:
+    heavy = ("torch", "onnx", "onnxruntime", "transformers", "numpy", "scipy", "sklearn", "datasets", "pandas")
+    code = (
+        "import sys\nfrom records import qdp_results\nfrom onnxsqueeze.report.write import write_reports\nfrom onnxsqueeze.report.terminal import print_summary\n"
+        "from onnxsqueeze.report.html import html\nfrom onnxsqueeze.report.markdown import markdown\nhtml([qdp_results()]); markdown([qdp_results()])\n"
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_gate_on_a_rise_is_passed_by_the_whole_distance() -> None:
+    target = measured(
+        "t",
+        size=10,
+        p50=1.0,
+        accuracy=0.8,
+        f1=0.8,
+        stages=(),
+        weight_classes=weights("int8", 1),
+        versus=versus(2, 2, "faster", 0.0125, 0.004, 0.01, "better"),
+        gates=drop(-1.25),
+    )
+    gate = row_of(qdp_results(targets=(target,)), "t").gates[0]
+    assert (gate.value, gate.verdict) == ("−1.25", "passed by 3.25")
+    assert row_of(only(target, gates=drop(-0.0)), "t").gates[0].value == "0.00"

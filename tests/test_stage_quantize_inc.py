@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from dequantize import errors, matrices
+from exports import build, distance, export
+from models import FamilyName, artifact
+from onnxsqueeze import graph
+from onnxsqueeze.errors import StageError
+from onnxsqueeze.stages.quantize_inc import QuantizeInc
+
+needs_inc = pytest.mark.skipif(importlib.util.find_spec("neural_compressor") is None, reason="the extra 'inc' is not installed")
+
+
+def stage(**settings: Any) -> QuantizeInc:
+    return QuantizeInc.model_validate({"kind": "quantize-inc", "reduce_range": False, **settings})
+
+
+@needs_inc
+@pytest.mark.parametrize("approach", ["dynamic", "static"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_every_weight_is_within_half_a_step_and_logits_stay_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: FamilyName, approach: Literal["dynamic", "static"]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parent, context = export(tmp_path / "work", family)
+    small, changed = build(stage(approach=approach), parent, tmp_path / "work" / "int8", context)
+    graph.check(small.onnx, like=parent.onnx)
+    found = errors(small.onnx, parent.onnx)
+    assert set(found) == {name for name, values in matrices(parent.onnx).items() if values.ndim == 2 and values.dtype.kind == "f"}
+    for name, (error, step) in found.items():  # tables too: neural-compressor's own would wrap rows that calibration did not read
+        assert (error <= step * 0.501).all(), name
+    product = "MatMulInteger" if approach == "dynamic" else "QLinearMatMul"
+    assert changed.details["integer_weights"] == {"Gather": 3, product: 14}
+    assert changed.details["float_matrices_left"] == 0
+    assert distance(parent, small, context) < (0.05 if approach == "dynamic" else 0.15)
+    assert os.listdir(tmp_path) == ["work"], "neural-compressor's workspace was left in the working directory"
+    assert sorted(os.listdir(small.path)) == sorted(os.listdir(parent.path))
+
+
+@needs_inc
+def test_what_neural_compressor_says_is_shown_only_when_it_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    parent, context = export(tmp_path, "bert")
+    build(stage(), parent, tmp_path / "int8", context)
+    assert capfd.readouterr() == ("", "")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in ("config.json", "tokenizer.json"):
+        (broken / file).write_bytes((parent.path / file).read_bytes())
+    model = graph.load(parent.onnx)
+    next(node for node in model.graph.node if node.op_type == "Softmax").op_type = "Softmin"
+    graph.save(model, broken)
+    with pytest.raises(StageError, match="Softmin"):
+        build(stage(), artifact(broken, "onnx"), tmp_path / "again", context)
+
+
+def test_a_missing_neural_compressor_is_a_reason_and_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # noqa: ARG005, as where the extra is not installed
+    assert stage().unavailable() == ("neural-compressor is not installed", "pip install 'onnxsqueeze[inc]'")
+
+
+def test_cuda_is_refused_with_the_reason() -> None:
+    reason = stage().refuses("cuda")
+    assert reason is not None
+    assert "no CUDA kernels" in reason

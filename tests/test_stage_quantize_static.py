@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from dequantize import errors, matrices
+from exports import build, distance, export
+from models import FamilyName
+from onnxsqueeze import graph
+from onnxsqueeze.errors import StageError
+from onnxsqueeze.stages import calibration
+from onnxsqueeze.stages.quantize_static import QuantizeStatic
+
+
+def stage(**settings: Any) -> QuantizeStatic:
+    return QuantizeStatic.model_validate({"kind": "quantize-static", "reduce_range": False, **settings})
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_every_weight_is_within_half_a_step_and_logits_stay_close(tmp_path: Path, family: FamilyName) -> None:
+    parent, context = export(tmp_path, family)
+    small, changed = build(stage(), parent, tmp_path / "int8", context)
+    graph.check(small.onnx, like=parent.onnx)
+    found = errors(small.onnx, parent.onnx)
+    assert set(found) == {name for name, values in matrices(parent.onnx).items() if values.ndim == 2 and values.dtype == np.float32}
+    for name, (error, step) in found.items():
+        assert (error <= step * 0.501).all(), name
+    assert changed.details["integer_weights"] == {"Gather": 3, "Gemm": 2, "MatMul": 12}
+    assert changed.details["calibration_rows"] == 64
+    assert {w.dtype for w in graph.weights(small.onnx) if w.class_ == "embedding"} == {"uint8"}
+    assert distance(parent, small, context) < 0.1
+
+
+def test_activation_ranges_are_the_smallest_and_largest_values_of_the_training_rows(tmp_path: Path) -> None:
+    import onnx
+    import onnxruntime as ort
+
+    parent, context = export(tmp_path, "bert")
+    small, _ = build(stage(samples=16), parent, tmp_path / "int8", context)
+    name = "/bert/embeddings/LayerNorm/LayerNormalization_output_0"
+    model = onnx.load(str(parent.onnx))
+    model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    values = np.concatenate([session.run([name], feed)[0] for feed in calibration.feeds(parent.onnx, context, 16)])
+    stored = matrices(small.onnx)
+    assert stored[f"{name}_scale"] == pytest.approx((values.max() - values.min()) / 255, rel=1e-5)
+    assert stored[f"{name}_zero_point"] == round(-values.min() / (values.max() - values.min()) * 255)
+
+
+def test_attention_products_stay_in_float(tmp_path: Path) -> None:
+    import onnx
+
+    parent, context = export(tmp_path, "bert")
+    small, _ = build(stage(), parent, tmp_path / "int8", context)
+    dequantized = {n.output[0] for n in onnx.load(str(small.onnx)).graph.node if n.op_type == "DequantizeLinear"}
+    products = [
+        n for n in onnx.load(str(small.onnx)).graph.node if n.op_type == "MatMul" and n.name.endswith(("self/MatMul", "self/MatMul_1"))
+    ]
+    assert len(products) == 4
+    assert not any(name in dequantized for node in products for name in node.input)
+
+
+def test_nothing_but_the_model_is_left_behind(tmp_path: Path) -> None:
+    parent, context = export(tmp_path, "bert")
+    before = sorted(os.listdir(parent.path))
+    parent.path.chmod(0o555)
+    small, _ = build(stage(samples=8), parent, tmp_path / "int8", context)
+    assert sorted(os.listdir(parent.path)) == before == sorted(os.listdir(small.path))
+
+
+def test_a_stage_that_quantizes_nothing_is_an_error(tmp_path: Path) -> None:
+    parent, context = export(tmp_path, "bert")
+    tables, _ = build(stage(op_types=["Gather"]), parent, tmp_path / "tables", context)
+    with pytest.raises(StageError, match="no weight of Gather was quantized"):
+        build(stage(op_types=["Gather"]), tables, tmp_path / "again", context)
+
+
+def test_no_samples_and_unknown_operators_are_refused_before_anything_runs() -> None:
+    with pytest.raises(ValidationError):
+        stage(samples=0)
+    with pytest.raises(ValidationError):
+        stage(op_types=["Softmax"])

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from dequantize import errors
+from exports import build, distance, export
+from models import FAMILIES, FamilyName
+from onnxsqueeze import graph
+from onnxsqueeze.errors import StageError
+from onnxsqueeze.stages.quantize_weights import QuantizeWeights
+
+
+def stage(**settings: Any) -> QuantizeWeights:
+    return QuantizeWeights.model_validate({"kind": "quantize-weights", **settings})
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_weight_is_within_half_a_step_of_its_block(tmp_path: Path, family: FamilyName, bits: int) -> None:
+    parent, context = export(tmp_path, family)
+    small, changed = build(stage(bits=bits, block_size=16), parent, tmp_path / "small", context)
+    graph.check(small.onnx, like=parent.onnx)
+    found = errors(small.onnx, parent.onnx)
+    for name, (error, step) in found.items():
+        assert (error <= step * 0.501).all(), name
+    written = graph.operators(small.onnx)
+    assert changed.count == written["com.microsoft.MatMulNBits"] == (13 if family == "electra" else 12)
+    assert changed.details["embedding_tables"] == written["com.microsoft.GatherBlockQuantized"] == (2 if family == "distilbert" else 3)
+    assert len(found) == changed.count + changed.details["embedding_tables"]
+    assert distance(parent, small, context) < (0.05 if bits == 8 else 0.4)
+
+
+def test_the_record_counts_weights_and_not_bytes(tmp_path: Path) -> None:
+    parent, context = export(tmp_path, "bert")
+    small, _ = build(stage(bits=4, embeddings=False), parent, tmp_path / "small", context)
+    before = {w.class_: w for w in graph.weights(parent.onnx) if w.dtype == "float32"}
+    packed = {w.class_: w for w in graph.weights(small.onnx) if w.dtype == "uint4"}
+    assert set(packed) == {"attention", "feed_forward"}
+    for class_, weight in packed.items():
+        biases = sum(w.n for w in graph.weights(small.onnx) if (w.class_, w.dtype) == (class_, "float32"))
+        assert weight.n == before[class_].n - biases
+        assert weight.bytes == weight.n // 2
+    assert {w.dtype for w in graph.weights(small.onnx) if w.class_ == "embedding"} == {"float32"}
+
+
+def test_tables_whose_width_the_block_does_not_divide_stay_in_float(tmp_path: Path) -> None:
+    parent, context = export(tmp_path, "electra")  # embeddings of width 16
+    small, changed = build(stage(block_size=32), parent, tmp_path / "small", context)
+    assert changed.details["embedding_tables"] == 0
+    assert {w.dtype for w in graph.weights(small.onnx) if w.class_ == "embedding" and w.n > 1000} == {"float32"}
+
+
+def test_a_stage_that_quantizes_nothing_is_an_error(tmp_path: Path) -> None:
+    parent, context = export(tmp_path, "bert")
+    small, _ = build(stage(), parent, tmp_path / "small", context)
+    with pytest.raises(StageError, match="no MatMul with a float weight"):
+        build(stage(), small, tmp_path / "again", context)
+
+
+def test_bits_and_block_sizes_without_a_kernel_are_refused_before_anything_runs() -> None:
+    for wrong in ({"bits": 3}, {"block_size": 48}):
+        with pytest.raises(ValidationError):
+            stage(**wrong)
