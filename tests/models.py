@@ -202,7 +202,7 @@ def run_stage(
     """Run a stage as the pipeline would, over toy rows unless ``context`` is given: (``folder/out``, what it changed)."""
     out = folder / "out"
     out.mkdir(parents=True)
-    changed = stage.run(artifact(parent), teacher and artifact(teacher), out, context or toy_context(folder))
+    changed = stage.run(artifact(parent), None if teacher is None else artifact(teacher), out, context or toy_context(folder))
     return out, changed
 
 

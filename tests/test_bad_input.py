@@ -16,7 +16,7 @@ from models import random_checkpoint
 from onnxsqueeze.store import Store
 from runs import RECIPES, command, small, start_words
 
-SST2 = "sentence\tlabel\n" + "".join(f"a {word} film number {i}\t{i % 2}\n" for i, word in enumerate(["fine", "dull"] * 150))
+SST2 = "sentence\tlabel\n" + "".join(f"a {word} film number {i}\t{i % 2}\n" for i, word in enumerate(["fine", "dull"] * 300))
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_a_corrupt_tsv_names_the_line(tmp_path: Path, model: Path, glue: Path) -
     complain(
         command("run", RECIPES / "q.yaml", "--task", "sst2", "--data-dir", glue, "--model", model, cwd=tmp_path),
         2,
-        "train.tsv:302",
+        "train.tsv:602",
         "remedy:",
     )
 
@@ -97,7 +97,7 @@ def test_a_truncated_tsv_names_the_line(tmp_path: Path, model: Path, glue: Path)
     complain(
         command("run", RECIPES / "q.yaml", "--task", "sst2", "--data-dir", glue, "--model", model, cwd=tmp_path),
         2,
-        "train.tsv:302",
+        "train.tsv:602",
         "remedy:",
     )
 
@@ -105,7 +105,7 @@ def test_a_truncated_tsv_names_the_line(tmp_path: Path, model: Path, glue: Path)
 def test_wrong_labels_name_what_is_allowed(tmp_path: Path, model: Path, glue: Path) -> None:
     (glue / "SST-2" / "train.tsv").write_text(SST2 + "a good film\t2\n")
     complain(
-        command("run", RECIPES / "q.yaml", "--task", "sst2", "--data-dir", glue, "--model", model, cwd=tmp_path), 2, "train.tsv:302", "'2'"
+        command("run", RECIPES / "q.yaml", "--task", "sst2", "--data-dir", glue, "--model", model, cwd=tmp_path), 2, "train.tsv:602", "'2'"
     )
 
 
@@ -116,7 +116,7 @@ def test_a_corrupt_dev_file_is_found_when_measuring_and_the_stages_are_kept(
     complain(
         command("run", RECIPES / "none.yaml", "--task", "sst2", "--data-dir", glue, "--model", model, *sets("none"), cwd=tmp_path),
         2,
-        "dev.tsv:302",
+        "dev.tsv:602",
     )
     assert len(list((own_store / "artifacts").iterdir())) == 2
 
@@ -207,7 +207,7 @@ def test_a_full_disk_below_the_results(tmp_path: Path, model: Path, mounted: Pat
 
 
 def test_ctrl_c_is_one_line_and_loses_nothing(tmp_path: Path, model: Path, own_store: Path) -> None:
-    words = ("run", RECIPES / "none.yaml", "--model", model, *sets("none"), "--set", "stages.finetune.epochs=60")
+    words = ("run", RECIPES / "none.yaml", "--model", model, *sets("none"), "--set", "stages.finetune.epochs=30")
     process = subprocess.Popen(start_words(*words), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 60
     while not any((own_store / "checkpoints").glob("*/*")) and process.poll() is None:

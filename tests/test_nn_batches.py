@@ -4,8 +4,8 @@ from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
-from models import random_checkpoint, toy_rows
 
+from models import random_checkpoint, toy_rows
 from onnxsqueeze.nn.batches import by_length, encode, epoch_order
 
 LENGTHS = st.lists(st.integers(1, 128), min_size=1, max_size=300)

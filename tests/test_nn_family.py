@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FAMILIES, FamilyName, random_checkpoint, toy_task
 
+from models import FAMILIES, FamilyName, random_checkpoint, toy_task
 from onnxsqueeze.errors import ModelError
 from onnxsqueeze.nn import checkpoint
 from onnxsqueeze.nn import family as families
@@ -65,6 +65,6 @@ def test_attention_is_returned_undropped_when_a_loss_reads_it(tmp_path: Path, na
 
 
 def test_an_unknown_architecture_is_refused_by_name_with_what_would_have_to_be_written() -> None:
-    with pytest.raises(ModelError, match="'bort'.*did you mean 'bert'") as caught:
+    with pytest.raises(ModelError, match=r"'bort'.*did you mean 'bert'") as caught:
         families.family_of("bort")
     assert "nn/family.py" in str(caught.value.remedy)

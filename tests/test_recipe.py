@@ -94,7 +94,7 @@ def test_a_wrong_type_and_a_value_out_of_bounds_say_what_was_found(write) -> Non
         (
             "stages: [{kind: export}, {kind: quantize-dynamic}]",
             "stages: [{kind: quantize-dynamic}]",
-            "quantize-dynamic takes a float32 .onnx, but 'distill' before it gives a PyTorch checkpoint; add {kind: export} before it",
+            "but 'distill' before it gives a PyTorch checkpoint; add {kind: export} before it",
         ),
         (
             "stages: [{kind: export}, {kind: quantize-dynamic}]",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from onnx import numpy_helper
 
 from dequantize import errors, matrices
 from exports import build, distance, export
@@ -19,6 +20,10 @@ needs_inc = pytest.mark.skipif(importlib.util.find_spec("neural_compressor") is 
 
 def stage(**settings: Any) -> QuantizeInc:
     return QuantizeInc.model_validate({"kind": "quantize-inc", "reduce_range": False, **settings})
+
+
+def names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
 
 
 @needs_inc
@@ -38,9 +43,9 @@ def test_every_weight_is_within_half_a_step_and_logits_stay_close(
     product = "MatMulInteger" if approach == "dynamic" else "QLinearMatMul"
     assert changed.details["integer_weights"] == {"Gather": 3, product: 14}
     assert changed.details["float_matrices_left"] == 0
-    assert distance(parent, small, context) < (0.05 if approach == "dynamic" else 0.15)
-    assert os.listdir(tmp_path) == ["work"], "neural-compressor's workspace was left in the working directory"
-    assert sorted(os.listdir(small.path)) == sorted(os.listdir(parent.path))
+    assert distance(parent, small, context) < (0.1 if approach == "dynamic" else 0.2)
+    assert names(tmp_path) == {"work"}, "neural-compressor's workspace was left in the working directory"
+    assert names(small.path) == names(parent.path)
 
 
 @needs_inc
@@ -48,15 +53,26 @@ def test_what_neural_compressor_says_is_shown_only_when_it_fails(tmp_path: Path,
     parent, context = export(tmp_path, "bert")
     build(stage(), parent, tmp_path / "int8", context)
     assert capfd.readouterr() == ("", "")
-    broken = tmp_path / "broken"
-    broken.mkdir()
+    short = tmp_path / "short"  # fewer rows in the vocabulary than the tokenizer has tokens: calibration cannot run
+    short.mkdir()
     for file in ("config.json", "tokenizer.json"):
-        (broken / file).write_bytes((parent.path / file).read_bytes())
+        (short / file).write_bytes((parent.path / file).read_bytes())
     model = graph.load(parent.onnx)
-    next(node for node in model.graph.node if node.op_type == "Softmax").op_type = "Softmin"
-    graph.save(model, broken)
-    with pytest.raises(StageError, match="Softmin"):
-        build(stage(), artifact(broken, "onnx"), tmp_path / "again", context)
+    words = next(t for t in model.graph.initializer if t.name == "bert.embeddings.word_embeddings.weight")
+    words.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(words)[:5], words.name))
+    graph.save(model, short)
+    with pytest.raises(StageError, match=r"(?s)gave no model.*out of data bounds"):
+        build(stage(approach="static"), artifact(short, "onnx"), tmp_path / "again", context)
+
+
+@needs_inc
+def test_the_users_gpu_settings_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, context = export(tmp_path, "bert")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    build(stage(), parent, tmp_path / "int8", context)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    assert "CUDA_DEVICE_ORDER" not in os.environ
 
 
 def test_a_missing_neural_compressor_is_a_reason_and_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def test_every_weight_is_within_half_a_step_of_its_block(tmp_path: Path, family:
     assert changed.count == written["com.microsoft.MatMulNBits"] == (13 if family == "electra" else 12)
     assert changed.details["embedding_tables"] == written["com.microsoft.GatherBlockQuantized"] == (2 if family == "distilbert" else 3)
     assert len(found) == changed.count + changed.details["embedding_tables"]
-    assert distance(parent, small, context) < (0.05 if bits == 8 else 0.4)
+    assert distance(parent, small, context) < (0.05 if bits == 8 else 0.6)
 
 
 def test_the_record_counts_weights_and_not_bytes(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from onnxsqueeze import backends, environment, graph, models
 from onnxsqueeze.artifact import Artifact, folder_digest, make_durable
-from onnxsqueeze.errors import GateMissed, SqueezeError, StageError, StoreError, Unavailable, UsageError
+from onnxsqueeze.errors import GateMissed, SqueezeError, StageError, StoreError, Unavailable, UsageError, nearest
 from onnxsqueeze.models import Start
 from onnxsqueeze.nn.checkpoint import has_trained_head, id2label
 from onnxsqueeze.plan import Branch, Plan, Step, make_plan
@@ -30,7 +30,7 @@ from onnxsqueeze.store import Entry, Store, exclusive, write_atomically
 from onnxsqueeze.tasks.metrics import primary
 from onnxsqueeze.tasks.open import Task, open_task
 from onnxsqueeze.tasks.rows import SplitRows
-from onnxsqueeze.tasks.settings import TaskSettings
+from onnxsqueeze.tasks.settings import NAMES, TaskSettings
 
 
 class Watcher(Protocol):
@@ -94,9 +94,11 @@ def prepare(request: Request) -> Prepared:
     """Check recipe, task, rows, model and output folder, and plan the run; nothing is made. Raises UsageError."""
     loaded = load(request.recipe, request.overrides)
     recipe = loaded.recipe
-    settings = _beside(recipe.task, request.recipe.parent)
-    if request.task is not None:
-        settings = TaskSettings(name=request.task, max_length=recipe.task.max_length, train_rows=recipe.task.train_rows)
+    settings = recipe.task.beside(request.recipe.parent)
+    if request.task not in (None, settings.name):
+        if request.task not in NAMES:
+            raise UsageError(f"--task {request.task}: unknown task {request.task!r}{nearest(str(request.task), NAMES)}", remedy="name a GLUE task or toy; files of your own are named in the recipe")
+        settings = TaskSettings(name=request.task, max_length=settings.max_length, train_rows=settings.train_rows)
     seed = recipe.seed if request.seed is None else request.seed
     start = models.resolve(request.model or recipe.model)
     task = open_task(settings, data_dir=request.data_dir, seed=seed)
@@ -110,15 +112,6 @@ def prepare(request: Request) -> Prepared:
             raise UsageError(f"--require {name}: the recipe has no target for this backend", remedy=f"its backends: {', '.join(planned)}")
     out = request.out or Path("runs") / f"{recipe.name}-{task.info.name}"
     return Prepared(request, loaded, task, start, seed, threads, plan, out)
-
-
-def _beside(settings: TaskSettings, folder: Path) -> TaskSettings:
-    """A user's own files are named relative to the recipe."""
-    return (
-        settings
-        if settings.train is None or settings.dev is None
-        else settings.model_copy(update={"train": folder / settings.train, "dev": folder / settings.dev})
-    )
 
 
 def threads_to_use() -> int:

@@ -324,8 +324,10 @@ def _from_pydantic(error: Any, data: Any, lines: Mapping[Path_, int], file: str)
         message = f"unknown kind {str(error['ctx']['tag'])!r}{nearest(str(error['ctx']['tag']), list(kinds))}"
         shown.append("kind")
         real.append("kind")
-    elif kind == "union_tag_not_found":
+    elif kind in ("union_tag_not_found", "model_attributes_type") and "stages" in loc:
         message = f"a stage is a mapping with a `kind:`, got {_brief(got)}; known: {', '.join(kinds)}"
+    elif kind in ("model_attributes_type", "model_type"):
+        message = f"must be a mapping, got {_brief(got)}"
     else:
         message = f"{_lower(error['msg'])}, got {_brief(got)}"
     return Fault(file, _line(lines, tuple(real)), _spell(tuple(shown)), message)

@@ -10,7 +10,6 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
 
 from onnxsqueeze import backends, environment, graph
@@ -277,7 +276,7 @@ class Measurer:
         return {
             "model": artifact.digest,
             "backend": backend,
-            "runtime": version("onnxruntime"),
+            "runtime": environment.versions(("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino")),
             "cpu": environment.cpu_model(),
             "instruction_set": environment.instruction_set(),
             "threads": threads,

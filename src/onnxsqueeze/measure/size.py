@@ -55,7 +55,7 @@ def measure_size(folder: Path) -> Size:
 
 
 def _gzip_bytes(path: Path) -> int:
-    """Bytes of ``gzip -9 -n`` of one file: no name and no time in the header."""
+    """Bytes of one file after ``gzip -9 -n`` (no name, no time in the header), to 0.01 %: zlib deflates a hair otherwise."""
     squeezed = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS | 16, _MEMORY)
     total = 0
     with path.open("rb") as handle:

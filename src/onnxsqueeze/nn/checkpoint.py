@@ -104,7 +104,7 @@ def load(
             )
         except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
             raise ModelError(f"{folder.name}: the weights cannot be loaded: {error}", remedy="download or save the model again") from error
-    new = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
+    new = [*info["missing_keys"], *info["mismatched_keys"]]
     may_be_new = () if new_head_seed is None else tuple(f"{module}." for module in (*family.head, *family.fresh))
     lost = sorted(name for name in new if not name.startswith(may_be_new))
     if lost:

@@ -149,11 +149,15 @@ def run_title(results: Results) -> str:
 
 
 def useless_zeros(weights: Sequence[WeightClass]) -> tuple[WeightClass, ...]:
-    """The classes with many zeros that take the room of dense weights all the same."""
+    """The classes with many zeros that take the room of dense weights all the same. Scales and zero points ("other") are no weights."""
     return tuple(
         w
         for w in weights
-        if w.n and w.zeros / w.n >= MANY_ZEROS and w.dtype.lower() in _ITEM_BYTES and w.bytes >= w.n * _ITEM_BYTES[w.dtype.lower()]
+        if w.class_ != "other"
+        and w.n
+        and w.zeros / w.n >= MANY_ZEROS
+        and w.dtype.lower() in _ITEM_BYTES
+        and w.bytes >= w.n * _ITEM_BYTES[w.dtype.lower()]
     )
 
 

@@ -22,7 +22,9 @@ class Distill(TrainingSettings):
     needs_teacher: ClassVar[bool] = True
 
     kind: Literal["distill"] = "distill"
-    teacher: str | None = Field(None, description="Id of the stage above whose result teaches, or 'model'; default: the last finetune above")
+    teacher: str | None = Field(
+        None, description="Id of the stage above whose result teaches, or 'model'; default: the last finetune above"
+    )
     layers: Annotated[int, Field(ge=1)] | tuple[int, ...] = Field(
         3, description="How many layers to keep, evenly chosen up to the last; or which, counted from 0"
     )

@@ -24,7 +24,9 @@ class PruneWeights(TrainingSettings):
     """
 
     kind: Literal["prune-weights"] = "prune-weights"
-    teacher: str | None = Field(None, description="Id of the stage above whose result teaches, or 'model'; default: the last finetune above")
+    teacher: str | None = Field(
+        None, description="Id of the stage above whose result teaches, or 'model'; default: the last finetune above"
+    )
     sparsity: float = Field(0.5, gt=0, lt=1, description="Share of the pruned matrices' weights that is zero in the end")
     scope: Literal["global", "layer"] = Field("global", description="Compare magnitudes over all matrices, or within each")
     embeddings: bool = Field(default=False, description="Prune the embeddings, too")

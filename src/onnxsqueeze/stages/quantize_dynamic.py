@@ -80,7 +80,7 @@ class QuantizeDynamic(Stage):
                     weight_type=QuantType.QInt8,
                     extra_options=dict(options),
                 )
-            except RuntimeError as error:  # "Unable to find data type for weight_name=…"
+            except (RuntimeError, onnx.shape_inference.InferenceError) as error:  # "Unable to find data type for weight_name=…"
                 reasons.append(str(error))
             else:
                 return words

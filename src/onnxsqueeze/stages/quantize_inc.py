@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _LINES_SHOWN = 12
+_TOUCHED = ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES")  # neural-compressor sets or removes them, and would hide the GPU from later stages
 
 
 class QuantizeInc(Stage):
@@ -67,7 +68,12 @@ class QuantizeInc(Stage):
         """Write ``out/model.onnx``; raises StageError with neural-compressor's last lines where it gives up or changes nothing."""
         os.environ.setdefault("LOGLEVEL", "ERROR")  # read by neural-compressor when it is first imported
         with captured() as lines, tempfile.TemporaryDirectory(dir=out) as scratch:
-            model = self._fit(parent.onnx, context, Path(scratch))
+            before = {name: os.environ.get(name) for name in _TOUCHED}
+            try:
+                model = self._fit(parent.onnx, context, Path(scratch))
+            finally:
+                for name, value in before.items():
+                    os.environ.pop(name, None) if value is None else os.environ.update({name: value})
         if model is None:  # fit swallows its errors
             tail = "\n    ".join(lines[-_LINES_SHOWN:])
             raise StageError(

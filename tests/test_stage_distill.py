@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from models import FAMILIES, FamilyName, random_checkpoint, run_stage, toy_context
+from onnxsqueeze.errors import StageError
+from onnxsqueeze.stages.distill import Distill, chosen_layers
+
+QUICK = Distill(layers=1, epochs=1, batch_size=16, alpha_attention=0.5)
+BARELY = {"epochs": 1, "batch_size": 64, "learning_rate": 1e-7, "precision": "fp32"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_student_has_fewer_layers_and_reloads(tmp_path: Path, name: FamilyName) -> None:
+    teacher = random_checkpoint(tmp_path / "teacher", name)
+    out, changed = run_stage(QUICK, teacher, tmp_path, teacher=teacher)
+    model, info = AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
+    assert info["missing_keys"] == info["unexpected_keys"] == []
+    assert model.config.num_hidden_layers == 1
+    assert (changed.details["layers"], changed.details["layers_before"], changed.details["kept"]) == (1, 2, [1])
+    assert changed.count == len(load_file(teacher / "model.safetensors"))  # all were trained, and those of one layer are gone
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_student_starts_as_the_chosen_layers_of_its_parent(tmp_path: Path, name: FamilyName) -> None:
+    from onnxsqueeze.nn.family import FAMILIES as DESCRIBED
+
+    teacher = random_checkpoint(tmp_path / "teacher", name, layers=4)
+    out, _ = run_stage(Distill(layers=(0, 3), alpha_hidden=0, **BARELY), teacher, tmp_path, teacher=teacher)
+    stem = f"{DESCRIBED[name].encoder}.{DESCRIBED[name].layers}"
+    before, after = load_file(teacher / "model.safetensors"), load_file(out / "model.safetensors")
+    for key, value in after.items():
+        torch.testing.assert_close(value, before[key.replace(f"{stem}.1.", f"{stem}.3.")], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "available", "kept"),
+    [
+        (3, 6, (1, 3, 5)),
+        (4, 6, (1, 2, 4, 5)),
+        (2, 6, (2, 5)),
+        (6, 6, (0, 1, 2, 3, 4, 5)),
+        (1, 12, (11,)),
+        (6, 12, (1, 3, 5, 7, 9, 11)),
+        ((0, 4), 6, (0, 4)),
+    ],
+)
+def test_layers_are_chosen_evenly_up_to_the_last_or_as_named(wanted: int | tuple[int, ...], available: int, kept: tuple[int, ...]) -> None:
+    assert chosen_layers(wanted, available, "distill") == kept
+
+
+@pytest.mark.parametrize("wanted", [7, (), (6,), (-1,), (1, 0), (2, 2)])
+def test_layers_that_the_model_has_not_are_an_error(wanted: int | tuple[int, ...]) -> None:
+    with pytest.raises(StageError, match=r"layers: must be"):
+        chosen_layers(wanted, 6, "distill")
+
+
+def test_the_teachers_logits_are_computed_once_and_kept(tmp_path: Path) -> None:
+    teacher = random_checkpoint(tmp_path / "teacher", "bert")
+    calls: list[str] = []
+
+    def progress(done: int, total: int, note: str = "") -> None:
+        if done == total:
+            calls.append(note.split(",")[0])
+
+    context = toy_context(tmp_path, progress=progress)
+    first, _ = run_stage(QUICK, teacher, tmp_path / "first", teacher=teacher, context=context)
+    (context.checkpoint / "training.pt").unlink()
+    second, _ = run_stage(QUICK, teacher, tmp_path / "second", teacher=teacher, context=context)
+    assert calls == ["the teacher's logits", "epoch 1/1", "epoch 1/1"]
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("weight", ["alpha_task", "alpha_logits", "alpha_hidden", "alpha_attention"])
+def test_each_loss_moves_the_student(tmp_path: Path, weight: str) -> None:
+    teacher = random_checkpoint(tmp_path / "teacher", "roberta")
+    off = {"alpha_task": 0.0, "alpha_logits": 0.0, "alpha_hidden": 0.0, "alpha_attention": 0.0}
+    stage = Distill(layers=1, epochs=2, batch_size=8, learning_rate=2e-3, precision="fp32", **{**off, weight: 1.0})
+    _, changed = run_stage(stage, teacher, tmp_path, teacher=teacher)
+    first, second = (entry["loss"] for entry in changed.details["history"])
+    assert 0 < second < first
+
+
+def test_a_wider_deeper_teacher_of_another_family_can_teach_where_the_tokens_agree(tmp_path: Path) -> None:
+    teacher = random_checkpoint(tmp_path / "teacher", "electra", layers=4, hidden=64)
+    parent = random_checkpoint(tmp_path / "parent", "bert", layers=3)
+    out, _ = run_stage(Distill(layers=2, epochs=1, alpha_attention=1.0), parent, tmp_path, teacher=teacher)
+    assert not any("maps" in key for key in load_file(out / "model.safetensors")), "projections are dropped"
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    teacher = random_checkpoint(tmp_path / "teacher", "roberta")
+    parent = random_checkpoint(tmp_path / "parent", "bert")
+    with pytest.raises(StageError, match=r"tokenizer\.json is not that of"):
+        run_stage(QUICK, parent, tmp_path, teacher=teacher)
+
+
+def test_attention_of_unequal_heads_is_refused(tmp_path: Path) -> None:
+    teacher = random_checkpoint(tmp_path / "teacher", "bert", heads=4)
+    parent = random_checkpoint(tmp_path / "parent", "bert", heads=2)
+    with pytest.raises(StageError, match="the student has 2 heads a layer and the teacher 4"):
+        run_stage(QUICK, parent, tmp_path, teacher=teacher)
+
+
+def test_a_stage_without_a_teacher_says_so(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="has no teacher"):
+        run_stage(QUICK, random_checkpoint(tmp_path / "parent", "bert"), tmp_path)
+
+
+def test_settings_without_any_loss_are_refused() -> None:
+    with pytest.raises(ValidationError, match="must be above 0"):
+        Distill(alpha_task=0, alpha_logits=0, alpha_hidden=0, alpha_attention=0)
+
+
+def test_a_regression_student_learns_the_teachers_scores(tmp_path: Path) -> None:
+    teacher = random_checkpoint(tmp_path / "teacher", "bert", outputs=1)
+    stage = Distill(layers=1, epochs=3, batch_size=8, learning_rate=2e-3, alpha_task=0, alpha_hidden=0)
+    _, changed = run_stage(stage, teacher, tmp_path, teacher=teacher, context=toy_context(tmp_path, outputs=1))
+    assert changed.details["history"][-1]["loss"] < changed.details["history"][0]["loss"]
