@@ -60,7 +60,7 @@ def _cli() -> str:
 def _metavar(option: Any) -> str:
     if option.is_flag:
         return ""
-    return f" {option.metavar or option.type.name.upper()}"
+    return f" {option.metavar}"
 
 
 def _plain(text: str | None) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from models import FAMILIES, FamilyName, random_checkpoint, run_stage, toy_context, toy_rows, toy_task
+from models import FAMILIES, FamilyName, random_checkpoint, run_stage, silent, toy_context, toy_rows, toy_task
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.nn import checkpoint, training
 from onnxsqueeze.nn.batches import encode
 from onnxsqueeze.nn.precision import effective, machine_bound
 from onnxsqueeze.nn.settings import TrainingSettings
+from onnxsqueeze.stage import Context, Progress
 from onnxsqueeze.stages.distill import Distill
 from onnxsqueeze.stages.finetune import Finetune
 from onnxsqueeze.stages.prune_weights import PruneWeights
@@ -54,14 +56,20 @@ def test_a_training_interrupted_in_its_second_epoch_resumes_there_and_ends_in_th
     parent = random_checkpoint(tmp_path / "parent", "bert", hidden=16)
     teacher = random_checkpoint(tmp_path / "teacher", "bert", hidden=32, seed=1)  # wider, so that distill learns projections
 
-    whole, _ = run_stage(stage, parent, tmp_path / "whole", teacher=teacher)
+    calls = count()
+
+    def context(folder: Path, progress: Progress = silent) -> Context:  # the last epoch always scores best, so that every epoch matters
+        return replace(toy_context(folder, progress=progress), select=lambda _: float(next(calls)))
+
+    whole, _ = run_stage(stage, parent, tmp_path / "whole", teacher=teacher, context=context(tmp_path / "whole"))
     with pytest.raises(KilledError):
-        run_stage(stage, parent, tmp_path / "killed", teacher=teacher, context=toy_context(tmp_path, progress=Killer(at=6)))
+        run_stage(stage, parent, tmp_path / "killed", teacher=teacher, context=context(tmp_path, Killer(at=6)))
     again = Killer()
-    resumed, changed = run_stage(stage, parent, tmp_path / "again", teacher=teacher, context=toy_context(tmp_path, progress=again))
+    resumed, changed = run_stage(stage, parent, tmp_path / "again", teacher=teacher, context=context(tmp_path, again))
 
     assert again.steps == list(range(5, 13))
     assert changed.details["resumed_at_epoch"] == 2
+    assert changed.details["best_epoch"] == 3
     for name in ("model.safetensors", "config.json"):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes()
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from models import FAMILIES, FamilyName, random_checkpoint, run_stage, toy_context
 from onnxsqueeze.errors import StageError
-from onnxsqueeze.stages.distill import Distill, chosen_layers
+from onnxsqueeze.stages.distill import Distill, chosen_layers, teaching_layers
 
 QUICK = Distill(layers=1, epochs=1, batch_size=16, alpha_attention=0.5)
 BARELY = {"epochs": 1, "batch_size": 64, "learning_rate": 1e-7, "precision": "fp32"}
@@ -59,6 +59,13 @@ def test_layers_are_chosen_evenly_up_to_the_last_or_as_named(wanted: int | tuple
 def test_layers_that_the_model_has_not_are_an_error(wanted: int | tuple[int, ...]) -> None:
     with pytest.raises(StageError, match=r"layers: must be"):
         chosen_layers(wanted, 6, "distill")
+
+
+def test_a_layer_learns_from_the_one_it_was_or_from_the_same_height_of_a_teacher_of_another_depth() -> None:
+    assert teaching_layers((0, 4), 6, 6) == (0, 4)
+    assert teaching_layers((0, 4), 6, 12) == (5, 11)
+    assert teaching_layers((1, 2, 3), 4, 6) == (1, 3, 5)
+    assert teaching_layers((0, 1, 2, 3), 4, 2) == (0, 0, 1, 1)
 
 
 def test_the_teachers_logits_are_computed_once_and_kept(tmp_path: Path) -> None:

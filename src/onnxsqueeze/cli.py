@@ -80,6 +80,7 @@ def run(
     task: Annotated[
         str | None,
         typer.Option(
+            metavar="TASK",
             help="GLUE task (sst2, cola, mrpc, stsb, qqp, mnli, qnli, rte, wnli) or toy, instead of the recipe's",
             autocompletion=_tasks,
             show_default=False,
@@ -91,14 +92,20 @@ def run(
     ] = None,
     data_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder of GLUE files (SST-2/train.tsv, …); default: $ONNXSQUEEZE_GLUE_DIR, else the Hub", show_default=False),
+        typer.Option(
+            metavar="DIR",
+            help="Folder of GLUE files (SST-2/train.tsv, …); default: $ONNXSQUEEZE_GLUE_DIR, else the Hub",
+            show_default=False,
+        ),
     ] = None,
     set_: Sets = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where results.json, the reports and a folder per target go; default: runs/RECIPE-TASK", show_default=False),
+        typer.Option(
+            metavar="DIR", help="Where results.json, the reports and a folder per target go; default: runs/RECIPE-TASK", show_default=False
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's seed", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="Instead of the recipe's seed", show_default=False)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be made and stop")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the store has measurements of")] = False,
     require: Annotated[

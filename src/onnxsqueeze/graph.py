@@ -225,7 +225,7 @@ def check(path: Path, like: Path | None = None) -> None:
     options.log_severity_level = 3  # errors only; changes nothing that runs
     try:
         ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except (RuntimeError, ValueError, ort.capi.onnxruntime_pybind11_state.Fail, *_session_errors()) as error:
+    except (RuntimeError, ValueError, *_session_errors()) as error:
         raise StageError(f"{where}: ONNX Runtime {ort.__version__} cannot load it: {error}") from error
 
 
@@ -252,11 +252,12 @@ def _session_errors() -> tuple[type[Exception], ...]:
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     return (
+        state.Fail,
+        state.InvalidArgument,
         state.InvalidGraph,
         state.InvalidProtobuf,
-        state.NotImplemented,
-        state.InvalidArgument,
         state.NoSuchFile,
+        state.NotImplemented,
         state.RuntimeException,
     )
 

@@ -64,8 +64,7 @@ class Distill(TrainingSettings):
         masters = len(families.layers(master, master_family))
         kept = chosen_layers(self.layers, had, self.name)
         families.keep_layers(model, family, kept)
-        # of a teacher as deep as the parent, the very layers that were kept; of any other, evenly chosen ones
-        targets = kept if masters == had else chosen_layers(len(kept), masters, self.name)
+        targets = teaching_layers(kept, had, masters)
 
         known = teachers.logits(master, master_family, examples, self.precision, context) if self.alpha_logits > 0 else None
         projections: losses.Projections | None = None
@@ -129,6 +128,13 @@ def chosen_layers(wanted: int | tuple[int, ...], available: int, name: str) -> t
             f"{name}: layers: must be rising indices from 0 to {available - 1}, got {list(wanted)}", remedy="name each layer to keep once"
         )
     return wanted
+
+
+def teaching_layers(kept: tuple[int, ...], parent: int, teacher: int) -> tuple[int, ...]:
+    """Which of ``teacher`` layers each student layer learns from: the very one it was where the parent was as deep, else even parts."""
+    if teacher == parent:
+        return kept
+    return tuple(-(-(i + 1) * teacher // len(kept)) - 1 for i in range(len(kept)))
 
 
 def _require_equal_heads(name: str, student: int, teacher: int) -> None:
