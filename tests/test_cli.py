@@ -97,7 +97,7 @@ def test_exit_codes_of_the_command_line_itself(words: tuple[str, ...], code: int
 def test_shell_completion_offers_tasks(tmp_path: Path) -> None:
     env = {"_ONNXSQUEEZE_COMPLETE": "complete_bash", "COMP_WORDS": "onnxsqueeze run x.yaml --task s", "COMP_CWORD": "4"}
     script = Path(sys.executable).with_name("onnxsqueeze")
-    done = subprocess.run([script], env=env, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run([script], env={"PATH": "", **env}, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.stdout.split() == ["sst2", "stsb"]
 
 

@@ -99,7 +99,7 @@ def strip(model: onnx.ModelProto) -> None:
 
     Gone: doc strings (exporters put stack traces with paths there), inferred shapes (stale after a rewrite; sessions infer
     them anew), libraries' notes in the metadata, Identity nodes on initializers (they hide weights from quantizers),
-    initializers that nothing reads. Tensors are raw bytes.
+    initializers that nothing reads, operator sets that no node is from. Tensors are raw bytes.
     """
     import onnx
     from onnx import numpy_helper
@@ -111,6 +111,8 @@ def strip(model: onnx.ModelProto) -> None:
     _read_initializers_directly(model)
     used = {name for graph in _graphs(model.graph) for node in graph.node for name in node.input}
     used |= {output.name for graph in _graphs(model.graph) for output in graph.output}
+    domains = {"", *(node.domain for graph in _graphs(model.graph) for node in graph.node)}
+    _replace(model.opset_import, [entry for entry in model.opset_import if entry.domain in domains])
     for graph in _graphs(model.graph):
         graph.doc_string = ""
         del graph.value_info[:]
@@ -182,31 +184,6 @@ def tensors_of(path: Path, dtype: str) -> int:
     return sum(_type_name(tensor) == dtype for graph in _graphs(load(path).graph) for tensor in graph.initializer)
 
 
-def ordered(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Bring nodes, initializers and operator sets into an order that does not depend on the process; returns ``model``.
-
-    For libraries that walk sets of strings (their order follows PYTHONHASHSEED). Nodes: as early as their inputs allow, ties by
-    name of the first output. Initializers: by name. Operator sets: by domain, and only those in use.
-    """
-    for graph in _graphs(model.graph):
-        waiting = sorted(graph.node, key=lambda node: (list(node.output), node.name))
-        made = {output for node in waiting for output in node.output}
-        placed: list[onnx.NodeProto] = []
-        while waiting:
-            ready = [node for node in waiting if not made.intersection(_reads(node))]
-            if not ready:
-                raise StageError("the graph has a cycle", remedy="this is a fault of the stage that wrote it: please report the recipe")
-            placed.extend(ready)
-            chosen = {id(node) for node in ready}
-            waiting = [node for node in waiting if id(node) not in chosen]
-            made.difference_update(output for node in ready for output in node.output)
-        _replace(graph.node, placed)
-        _replace(graph.initializer, sorted(graph.initializer, key=lambda tensor: tensor.name))
-    domains = {"", *(node.domain for graph in _graphs(model.graph) for node in graph.node)}
-    _replace(model.opset_import, sorted((entry for entry in model.opset_import if entry.domain in domains), key=lambda entry: entry.domain))
-    return model
-
-
 def check(path: Path, like: Path | None = None) -> None:
     """Raise StageError unless the file is valid ONNX, loads in a stock CPU session, and has the inputs and outputs of ``like``."""
     import onnx
@@ -225,7 +202,7 @@ def check(path: Path, like: Path | None = None) -> None:
     options.log_severity_level = 3  # errors only; changes nothing that runs
     try:
         ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except (RuntimeError, ValueError, *_session_errors()) as error:
+    except _session_errors() as error:
         raise StageError(f"{where}: ONNX Runtime {ort.__version__} cannot load it: {error}") from error
 
 
@@ -252,6 +229,8 @@ def _session_errors() -> tuple[type[Exception], ...]:
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     return (
+        RuntimeError,
+        ValueError,
         state.Fail,
         state.InvalidArgument,
         state.InvalidGraph,
@@ -287,18 +266,6 @@ def _read_initializers_directly(model: onnx.ModelProto) -> None:
                 kept.append(node)
         if len(kept) < len(graph.node):
             _replace(graph.node, kept)
-
-
-def _reads(node: onnx.NodeProto) -> set[str]:
-    """Every tensor that ``node`` reads, inside its branches too."""
-    inner = {
-        name
-        for attribute in node.attribute
-        for graph in (attribute.g, *attribute.graphs)
-        for inside in graph.node
-        for name in _reads(inside)
-    }
-    return inner.union(node.input)
 
 
 def _replace(field: Any, items: Iterable[Any]) -> None:

@@ -97,7 +97,10 @@ def prepare(request: Request) -> Prepared:
     settings = recipe.task.beside(request.recipe.parent)
     if request.task not in (None, settings.name):
         if request.task not in NAMES:
-            raise UsageError(f"--task {request.task}: unknown task {request.task!r}{nearest(str(request.task), NAMES)}", remedy="name a GLUE task or toy; files of your own are named in the recipe")
+            raise UsageError(
+                f"--task {request.task}: unknown task {request.task!r}{nearest(str(request.task), NAMES)}",
+                remedy="name a GLUE task or toy; files of your own are named in the recipe",
+            )
         settings = TaskSettings(name=request.task, max_length=settings.max_length, train_rows=settings.train_rows)
     seed = recipe.seed if request.seed is None else request.seed
     start = models.resolve(request.model or recipe.model)

@@ -49,7 +49,7 @@ class Target(_Part):
     )
     stages: tuple[AnyStage, ...] = Field(min_length=1)
     baseline: bool = Field(
-        False, description="Whether the other targets of this backend are compared with this one: the teacher, export alone"
+        default=False, description="Whether the other targets of this backend are compared with this one: the teacher, export alone"
     )
     gates: Gates | None = Field(None, description="Instead of the recipe's gates")
 
@@ -272,11 +272,11 @@ def _plain(node: yaml.Node, path: Path_, lines: dict[Path_, int], faults: list[F
         return [_plain(item, (*path, i), lines, faults, file) for i, item in enumerate(node.value)]
     loader = yaml.SafeLoader("")
     try:
-        return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]  # pyyaml's stubs leave it untyped
+        return loader.construct_object(node, deep=True)
     except ValueError:
         return node.value
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
 
 
 def _line(lines: Mapping[Path_, int], path: Path_) -> int | None:
@@ -397,7 +397,9 @@ def _steps(path: str) -> list[str]:
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe, for editors; docs/recipe.schema.json is made from it."""
     schema = Recipe.model_json_schema(by_alias=True)
-    schema["properties"]["task"] = {"anyOf": [{"enum": list(NAMES)}, {"$ref": "#/$defs/TaskSettings"}]}  # `task: sst2` is short for {name: sst2}
+    schema["properties"]["task"] = {
+        "anyOf": [{"enum": list(NAMES)}, {"$ref": "#/$defs/TaskSettings"}]
+    }  # `task: sst2` is short for {name: sst2}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "onnxsqueeze recipe", **schema}
 
 

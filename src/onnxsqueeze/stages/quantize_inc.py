@@ -81,7 +81,7 @@ class QuantizeInc(Stage):
             )
         if self.approach == "static":
             _requantize_tables(model, graph.load(parent.onnx))
-        written = graph.save(graph.ordered(model), out)
+        written = graph.save(model, out)
         copy_side_files(parent.path, out)
         return count(self, (), parent.onnx, written, {"approach": self.approach, "seven_bits": seven_bits(self.reduce_range)})
 

@@ -1,0 +1,87 @@
+"""Every recipe on the real MiniLM, a run on real GLUE files, and an installation without neural-compressor."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from onnxsqueeze.results import read_results
+from runs import RECIPES, ROOT, SMALL, run
+
+pytestmark = pytest.mark.full
+
+LITTLE = ("task.train_rows=320", "task.max_length=48", "measure={sequence: 32, shapes: [], min_runs: 20, min_seconds: 0}")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("full")
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_runs_on_the_real_model(file: Path, place: Path) -> None:
+    outcome, _ = run(file, place / file.stem, model=Path("minilm"), store=place / "store", overrides=LITTLE)
+    assert outcome.exit_code == 0, outcome.problems
+    for target in outcome.results.targets:
+        assert target.status == "ok" or (target.backend == "cuda" and target.status == "skipped"), target.reason
+        assert target.size_bytes
+    fp32 = outcome.results.targets[0]
+    assert fp32.baseline
+    quantized = [t for t in outcome.results.targets if "int8" in t.name or t.name.startswith(("q-", "qd-", "qp-", "qdp-"))]
+    for target in quantized:
+        assert target.vs_baseline
+        assert target.vs_baseline.size_ratio > 3.8, "int8 is near a quarter of fp32, embeddings included"
+
+
+@pytest.mark.parametrize("task", ["sst2", "cola", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"])
+def test_a_run_on_real_glue_files(task: str, place: Path) -> None:
+    folder = os.environ.get("ONNXSQUEEZE_GLUE_DIR")
+    if not folder:
+        pytest.skip("ONNXSQUEEZE_GLUE_DIR does not name GLUE's files")
+    from models import random_checkpoint
+
+    model = place / "model"
+    if not model.exists():
+        random_checkpoint(model, "bert", layers=2, head=False)
+    overrides = (*SMALL, "targets.int8-inc.stages.quantize-inc.approach=static")
+    outcome, _ = run("q", place / f"q-{task}", model=model, store=place / "store", overrides=overrides, task=task, data_dir=Path(folder))
+    assert outcome.exit_code == 0, outcome.problems
+    record = read_results(outcome.out)
+    assert record.task.name == task
+    assert [split.role for split in record.task.training] == ["train", "selection"]
+    for target in record.targets:
+        for split in record.task.splits:
+            assert target.metrics[split.name][record.task.primary].n == split.n
+    text = (outcome.out / "results.json").read_text() + (outcome.out / "report.md").read_text()
+    assert folder not in text
+
+
+def test_without_neural_compressor_everything_else_works(place: Path) -> None:
+    """numpy 2 and the newest onnx, in an environment of its own."""
+    venv = place / "venv"
+    python = venv / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints-latest.txt", "--editable", ROOT], check=True, timeout=600
+    )
+    from models import random_checkpoint
+
+    model = random_checkpoint(place / "headless", "bert", layers=2, head=False)
+    sets = [word for override in SMALL for word in ("--set", override)]
+    words: list[str | Path] = [python, "-m", "onnxsqueeze", "run", RECIPES / "q.yaml", "--model", model, "--out", place / "latest", *sets]
+    done = subprocess.run(
+        words, capture_output=True, text=True, check=False, env={**os.environ, "ONNXSQUEEZE_STORE": str(place / "latest-store")}
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {target["name"]: target for target in json.loads((place / "latest" / "results.json").read_text())["targets"]}
+    assert rows["int8-ort"]["status"] == "ok"
+    assert rows["int8-inc"]["status"] == "skipped"
+    assert rows["int8-inc"]["reason"] == "neural-compressor is not installed"
+    assert "onnxsqueeze[inc]" in rows["int8-inc"]["remedy"]
+    versions = json.loads((place / "latest" / "results.json").read_text())["environment"]["versions"]
+    assert int(versions["numpy"].split(".")[0]) >= 2
