@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -13,16 +14,21 @@ from typing import Any, get_args
 import typer.main
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
+from rich.console import Console
 
 from onnxsqueeze.cli import app
 from onnxsqueeze.measure.settings import MeasureSettings
 from onnxsqueeze.recipe import Gates, Recipe, Target, json_schema
-from onnxsqueeze.results import Results
+from onnxsqueeze.report.terminal import print_summary
+from onnxsqueeze.results import Results, read_results
 from onnxsqueeze.stage import Stage
 from onnxsqueeze.stages import AnyStage
 from onnxsqueeze.tasks.settings import TaskSettings
 
 DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+_SHOWN = ROOT / "reports" / "qdp-sst2"  # the measured table of the README's first screen
+_FIRST = ROOT / "reports" / "qdp-toy"  # the record of `make run`
 _MADE = "<!-- made by docs/generate.py (`make docs`); do not edit -->\n\n"
 
 
@@ -33,7 +39,50 @@ def pages() -> dict[str, str]:
         "recipe.md": _recipe(),
         "recipe.schema.json": json.dumps(json_schema(), indent=2) + "\n",
         "results.schema.json": json.dumps(Results.model_json_schema(by_alias=True), indent=2) + "\n",
+        "../README.md": _readme((ROOT / "README.md").read_text(encoding="utf-8")),
     }
+
+
+def _readme(text: str) -> str:
+    """README.md with its measured parts drawn from the published records again."""
+    for name, part in (("table", _measured()), ("output", _output())):
+        begin, end = f"<!-- {name}: made by docs/generate.py from reports/ -->\n", f"<!-- end of {name} -->\n"
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}{part}{end}{after}"
+    return text
+
+
+def _measured() -> str:
+    """The CPU targets of one record as a Markdown table, with the command that made it."""
+    results = read_results(_SHOWN)
+    primary, split = results.task.primary, results.task.splits[0]
+    head = f"{results.model.split('/')[-1]} on {split.source} ({split.n} rows), {results.environment.cpu} ({results.environment.instruction_set}), batch 1, 128 tokens, 1 thread:\n\n"
+    lines = [
+        f"| target | MB | smaller | p50 | faster (95 %) | {primary}, % | change, points (95 %) |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for target in results.targets:
+        if target.backend != "cpu" or target.latency is None or target.size_bytes is None:
+            continue
+        versus, value = target.vs_baseline, target.metrics[split.name][primary].value
+        cells = [target.name, f"{target.size_bytes / 1e6:.1f}"]
+        if versus and versus.speedup and versus.speedup_ci95:
+            delta = versus.metrics[split.name][primary]
+            low, high = versus.speedup_ci95
+            cells += [f"{versus.size_ratio:.2f}×", f"{target.latency.p50_ms:.1f} ms", f"{versus.speedup:.2f}× ({low:.2f}–{high:.2f})"]
+            cells += [f"{100 * value:.1f}", f"{100 * delta.delta:+.1f} ({100 * delta.ci95[0]:+.1f} to {100 * delta.ci95[1]:+.1f})"]
+        else:
+            cells += ["–", f"{target.latency.p50_ms:.1f} ms", "–", f"{100 * value:.1f}", "–"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return head + "\n".join(lines) + "\n\n"
+
+
+def _output() -> str:
+    """What the record of `make run` looks like on a terminal of 80 columns."""
+    text = io.StringIO()
+    print_summary([read_results(_FIRST)], Console(file=text, width=80, color_system=None, highlight=False))
+    return "".join(f"    {line}".rstrip() + "\n" for line in text.getvalue().splitlines()) + "\n"
 
 
 def _cli() -> str:

@@ -210,7 +210,7 @@ def test_ctrl_c_is_one_line_and_loses_nothing(tmp_path: Path, model: Path, own_s
     words = ("run", RECIPES / "none.yaml", "--model", model, *sets("none"), "--set", "stages.finetune.epochs=30")
     process = subprocess.Popen(start_words(*words), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 60
-    while not any((own_store / "checkpoints").glob("*/*")) and process.poll() is None:
+    while not any((own_store / "checkpoints").glob("*/training.pt")) and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)

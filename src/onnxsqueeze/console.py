@@ -51,7 +51,10 @@ class Watcher:
 
     def begin(self, title: str) -> Watcher:
         """A piece of work starts."""
-        self._title, self._said, self._began = title, time.monotonic(), time.monotonic()
+        self._title, self._said = title, time.monotonic()
+        self._first: tuple[float, int] | None = (
+            None  # when the first call came, and what was done by then: a resumed stage starts in the middle
+        )
         if self._live:
             self._clear()
             self._task = self._bar.add_task(title, total=None, note="")
@@ -62,12 +65,14 @@ class Watcher:
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """``done`` of ``total``; cheap when called often."""
         now = time.monotonic()
+        self._first = self._first or (now, done)
         if self._live:
             self._bar.update(self._task, completed=done, total=total, note=note)
         elif now - self._said >= _PLAIN_INTERVAL_S:
             self._said = now
-            left = (now - self._began) / done * (total - done) if done else 0.0
-            self.say(f"{self._title}: {done:,}/{total:,}, about {left:.0f} s left{f' ({note})' if note else ''}")
+            began, before = self._first
+            left = f", about {(now - began) / (done - before) * (total - done):.0f} s left" if done > before else ""
+            self.say(f"{self._title}: {done:,}/{total:,}{left}{f' ({note})' if note else ''}")
 
     def end(self, text: str) -> None:
         """The piece of work that began last is done."""

@@ -257,6 +257,7 @@ def _measure(prepared: Prepared, store: Store, watcher: Watcher, maker: _Maker, 
         stages=tuple(maker.record(step) for step in prepared.plan.shared),
         targets=tuple(targets),
         date=datetime.now(UTC).date().isoformat(),
+        threads=prepared.threads,
     )
     for one in made:
         if one.artifact:

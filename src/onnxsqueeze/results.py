@@ -190,6 +190,7 @@ class Results(_Part):
     stages: tuple[StageRecord, ...] = Field(description="The shared stages")
     targets: tuple[Target, ...]
     date: str = Field(description="UTC day of the run")
+    threads: int | None = Field(None, description="Threads that stages could use; trained bytes can depend on it")
 
     def to_json(self) -> str:
         """The text of results.json: stable order, two spaces, final newline."""
