@@ -51,16 +51,20 @@ def _scale_and_zero(written: Path, stored: str, after: dict[str, NDArray[Any]]) 
     if f"{name}_scale" in after:
         return after[f"{name}_scale"], after[f"{name}_zero_point"]
     gathered = _reader(written, stored)  # a table read as it is: whoever reads its rows has the scale beside them
-    user = _reader(written, gathered.output[0])
+    user = _user(written, gathered.output[0])
     at = list(user.input).index(gathered.output[0])
     return after[user.input[at + 1]], after[user.input[at + 2]]
 
 
-def _reader(model: Path, name: str) -> Any:
+def _user(model: Path, name: str) -> Any:
     import onnx
 
-    nodes = onnx.load(str(model)).graph.node
-    found = next(node for node in nodes if name in node.input)
+    return next(node for node in onnx.load(str(model)).graph.node if name in node.input)
+
+
+def _reader(model: Path, name: str) -> Any:
+    """The node that reads ``name``, behind a DequantizeLinear."""
+    found = _user(model, name)
     return _reader(model, found.output[0]) if found.op_type == "DequantizeLinear" else found
 
 

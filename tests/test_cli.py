@@ -50,7 +50,10 @@ def test_the_generated_pages_say_what_the_code_says() -> None:
 def test_check_names_the_stages_and_targets(tmp_path: Path) -> None:
     done = command("check", RECIPES / "qdp.yaml", cwd=tmp_path)
     assert done.returncode == 0
-    assert "fine: finetune → distill → prune-weights; 8 targets: fp32, int8-ort, int8-inc, qdp-ort, qdp-inc, cuda-fp32, cuda-fp16, cuda-w8" in done.stdout
+    assert (
+        "fine: finetune → distill → prune-weights; 8 targets: fp32, int8-ort, int8-inc, qdp-ort, qdp-inc, cuda-fp32, cuda-fp16, cuda-w8"
+        in done.stdout
+    )
 
 
 def test_a_dry_run_makes_nothing(tmp_path: Path, own_store: Path) -> None:

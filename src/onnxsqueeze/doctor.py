@@ -24,6 +24,9 @@ def print_doctor(console: Console) -> None:
         table.add_row(name, version)
     console.print(table)
     console.print()
+    clash = backends.clash()
+    if clash:
+        console.print(f"onnxruntime: {clash}\n  remedy: uninstall both, then install the one you need", soft_wrap=True, markup=False)
     for name in backends.known():
         backend = backends.get(name)
         absent = backend.unavailable()
