@@ -133,9 +133,11 @@ def epochs_saved(store: Path) -> int | None:
     """Finished epochs of the training stage that was under way, by its saved state; None where none was."""
     import torch
 
-    for state in (store / "checkpoints").glob("*/training.pt"):
-        return int(torch.load(state, map_location="cpu", weights_only=True, mmap=True)["epoch"])
-    return 0 if any((store / "checkpoints").iterdir()) else None
+    under_way = [folder for folder in (store / "checkpoints").iterdir() if not (store / "artifacts" / folder.name / "entry.json").exists()]
+    for folder in under_way:
+        if (folder / "training.pt").exists():
+            return int(torch.load(folder / "training.pt", map_location="cpu", weights_only=True, mmap=True)["epoch"])
+    return 0 if under_way else None
 
 
 def digests(out: Path) -> dict[str, str]:

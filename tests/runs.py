@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from onnxsqueeze import pipeline
+from onnxsqueeze import pipeline, prepare
 from onnxsqueeze.stage import Progress
 from onnxsqueeze.store import Store
 
@@ -66,9 +66,9 @@ def run(
 ) -> tuple[pipeline.Outcome, list[str]]:
     """Run a recipe (a shipped one by its name) in this process; the outcome and what the watcher was told."""
     file = RECIPES / f"{recipe}.yaml" if isinstance(recipe, str) else recipe
-    request = pipeline.Request(file, model=str(model), out=out, overrides=tuple(overrides), **asked)  # type: ignore[arg-type]  # tests name fields of Request
+    request = prepare.Request(file, model=str(model), out=out, overrides=tuple(overrides), **asked)  # type: ignore[arg-type]  # tests name fields of Request
     watcher = watcher or Silent()
-    outcome = pipeline.run(pipeline.prepare(request), Store(store), watcher)
+    outcome = pipeline.run(prepare.prepare(request), Store(store), watcher)
     return outcome, watcher.lines
 
 

@@ -73,6 +73,40 @@ def test_an_export_of_a_model_without_a_head(tmp_path: Path, model: Path) -> Non
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "stages: [{kind: prune-weights}, {kind: finetune}]\ntargets: [{name: x, stages: [{kind: export}]}]",
+            ("a.yaml:4", "prune-weights: the model", "has no trained head"),
+        ),
+        (
+            "stages: [{kind: finetune}, {kind: distill, layers: 12}]\ntargets: [{name: x, stages: [{kind: export}]}]",
+            ("a.yaml:4", "distill: layers: ", "got 12"),
+        ),
+        (
+            "targets: [{name: x, stages: [{kind: finetune}, {kind: export}]}]",
+            ("a.yaml:4: targets: a backend without a baseline", "put {kind: finetune} into `stages:`"),
+        ),
+        (
+            "stages: [{kind: finetune}]\nmeasure: {sequence: 512}\ntargets: [{name: x, stages: [{kind: export}]}]",
+            ("a.yaml:5: measure.sequence", "reads at most", "got 512"),
+        ),
+        (
+            "stages: [{kind: finetune}]\ntargets: [{name: report.md, stages: [{kind: export}]}]",
+            ("a.yaml:5: targets[0].name", "name the target otherwise"),
+        ),
+        ("description: !mine x\ntargets: [{name: x, stages: [{kind: export}]}]", ("a.yaml:4: description", "write a plain value")),
+    ],
+)
+def test_what_does_not_fit_the_model_is_found_before_anything_is_made(
+    tmp_path: Path, model: Path, own_store: Path, text: str, words: tuple[str, ...]
+) -> None:
+    (tmp_path / "a.yaml").write_text(f"schema: 1\nname: a\ntask: {{name: toy, max_length: 32}}\n{text}\n")
+    complain(command("run", "a.yaml", "--model", model, cwd=tmp_path), 2, *words)
+    assert not own_store.exists() or not list((own_store / "artifacts").iterdir())
+
+
 def test_an_unknown_task(tmp_path: Path) -> None:
     complain(command("run", RECIPES / "q.yaml", "--task", "sst3", cwd=tmp_path), 2, "unknown task 'sst3'; did you mean 'sst2'?")
 
@@ -198,7 +232,7 @@ def test_a_full_disk_below_the_store(tmp_path: Path, model: Path, mounted: Path)
 def test_a_full_disk_below_the_results(tmp_path: Path, model: Path, mounted: Path) -> None:
     (mounted / "ballast").write_bytes(bytes(6_200_000))
     words = ("run", RECIPES / "none.yaml", "--model", model, *sets("none"), "--out", mounted / "out")
-    complain(command(*words, cwd=tmp_path), 1, "remedy:", "--out")
+    complain(command(*words, cwd=tmp_path), 1, "the disk is full", "--out")
     assert not list(mounted.rglob("*.onnx"))
     (mounted / "ballast").unlink()
     again = command(*words, cwd=tmp_path)

@@ -29,7 +29,7 @@ def test_without_a_terminal_each_piece_of_work_is_a_line_when_it_starts_and_when
 def test_long_work_says_what_is_left_and_a_resumed_one_counts_from_where_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "_PLAIN_INTERVAL_S", 10.0)
     now = [0.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("onnxsqueeze.console.time.monotonic", lambda: now[0])
     watcher, text = plain()
     with watcher:
         progress = watcher.begin("finetune")

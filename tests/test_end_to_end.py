@@ -15,6 +15,7 @@ import onnxruntime as ort
 import pytest
 
 from models import random_checkpoint
+from onnxsqueeze import prepare
 from onnxsqueeze.pipeline import Outcome
 from onnxsqueeze.results import read_results
 from onnxsqueeze.tasks.open import open_task
@@ -210,3 +211,84 @@ def test_no_stage_opens_the_dev_file(place: Path, tmp_path: Path) -> None:
     assert told_before, "measuring opens it, so the hook sees what it should"
     for told in told_before:
         assert set(finished) <= set(told), "the dev file was opened before the last stage was done"
+
+
+BARE = "schema: 1\nname: bare\ntask: toy\nstages:\n  - kind: finetune\n{stages}targets:\n{targets}"
+
+
+def recipe(folder: Path, stages: str, targets: str) -> Path:
+    file = folder / "bare.yaml"
+    file.write_text(BARE.format(stages=stages, targets=targets))
+    return file
+
+
+def test_a_failing_shared_stage_fails_the_targets_below_it_and_no_others(place: Path, tmp_path: Path) -> None:
+    stages = "  - {kind: distill, layers: 1, epochs: 1}\n  - {kind: distill, id: again, layers: 2, epochs: 1}\n"
+    rows = "  - {name: fp32, after: finetune, baseline: true, stages: [{kind: export}]}\n  - {name: late, stages: [{kind: export}]}\n"
+    outcome, _ = run(recipe(tmp_path, stages, rows), tmp_path / "out", model=place / "model", store=place / "store", overrides=small(""))
+    found = targets(outcome)
+    assert (found["fp32"].status, found["late"].status) == ("ok", "failed")
+    assert "layers" in found["late"].reason
+    assert outcome.exit_code == 1
+    assert read_results(tmp_path / "out") == outcome.results
+
+
+def test_a_failing_branch_is_a_row_and_its_old_folder_is_gone(place: Path, tmp_path: Path) -> None:
+    rows = "  - {name: int8, stages: [{kind: export}, {kind: quantize-dynamic}]}\n"
+    first, _ = run(recipe(tmp_path, "", rows), tmp_path / "out", model=place / "model", store=place / "store", overrides=small(""))
+    assert targets(first)["int8"].status == "ok"
+    assert (tmp_path / "out" / "int8" / "model.onnx").is_file()
+    twice = rows.replace("{kind: quantize-dynamic}", "{kind: quantize-dynamic}, {kind: quantize-weights, id: again, embeddings: false}")
+    outcome, _ = run(recipe(tmp_path, "", twice), tmp_path / "out", model=place / "model", store=place / "store", overrides=small(""))
+    row = targets(outcome)["int8"]
+    assert (row.status, row.model) == ("failed", None)
+    assert str(tmp_path) not in f"{row.reason} {row.remedy}"
+    assert outcome.exit_code == 1
+    assert not (tmp_path / "out" / "int8").exists(), "a model that the record does not know must not look like its result"
+    assert targets(outcome)["baseline-cpu"].status == "ok"
+
+
+def test_other_columns_of_the_same_dev_file_are_measured_anew(place: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    for name, n in (("train", 600), ("dev", 60)):
+        rows = [f"good film {i} {rng.integers(9)}\tbad film {i}\t{i % 2}" for i in range(n)]
+        (tmp_path / f"{name}.tsv").write_text("one\ttwo\tlabel\n" + "\n".join(rows) + "\n")
+    model = random_checkpoint(tmp_path / "trained", "bert", layers=2, head=True)
+    task = "task: {train: train.tsv, dev: dev.tsv, text: one, labels: ['0', '1']}"
+    file = tmp_path / "own.yaml"
+    said = []
+    for column in ("one", "two"):
+        file.write_text(
+            f"schema: 1\nname: own\n{task.replace('text: one', f'text: {column}')}\ntargets: [{{name: x, baseline: true, after: model, stages: [{{kind: export}}]}}]\n"
+        )
+        _, lines = run(
+            file,
+            tmp_path / "out",
+            model=model,
+            store=tmp_path / "store",
+            overrides=["task.max_length=32", "measure={sequence: 16, shapes: [], min_runs: 20, min_seconds: 0}"],
+        )
+        said.append([line for line in lines if "accuracy on" in line])
+    assert [len(lines) for lines in said] == [1, 1]
+
+
+def test_force_trains_a_new_head_whatever_classes_the_model_had(place: Path, tmp_path: Path) -> None:
+    model = random_checkpoint(tmp_path / "three", "bert", layers=2, head=True, outputs=3)
+    rows = "  - {name: fp32, after: finetune, baseline: true, stages: [{kind: export}]}\n"
+    outcome, _ = run(
+        recipe(tmp_path, "", rows),
+        tmp_path / "out",
+        model=model,
+        store=tmp_path / "store",
+        overrides=[*small(""), "stages.finetune.force=true"],
+    )
+    assert targets(outcome)["fp32"].status == "ok"
+
+
+def test_the_recorded_command_names_no_folder_of_this_machine(place: Path, tmp_path: Path) -> None:
+    rows = "  - {name: fp32, after: finetune, baseline: true, stages: [{kind: export}]}\n"
+    request = prepare.Request(
+        recipe(tmp_path, "", rows), model=str(place / "model"), data_dir=tmp_path, overrides=(f"model={place / 'model'}",)
+    )
+    words = prepare.command_of(request)
+    assert words == "onnxsqueeze run bare.yaml --model model --data-dir " + tmp_path.name + " --set model=model"

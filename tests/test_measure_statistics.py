@@ -99,8 +99,21 @@ def test_one_draw_of_every_row_gives_the_library_s_metric(rows: list[tuple[int, 
 
     (matthews,) = statistics._class_metric("matthews", labels, predicted, once, 3)
     assert matthews == pytest.approx(matthews_corrcoef(labels, predicted), abs=1e-9)
-    (f1,) = statistics._class_metric("f1", labels, predicted, once, 3)
-    assert f1 == pytest.approx(f1_score(labels == 1, predicted == 1, zero_division=0.0), abs=1e-9)
+    for positive in range(3):
+        (f1,) = statistics._class_metric("f1", labels, predicted, once, 3, positive)
+        assert f1 == pytest.approx(f1_score(labels == positive, predicted == positive, zero_division=0.0), abs=1e-9)
+
+
+def test_f1_of_relabelled_rows_has_the_same_resampled_spread() -> None:
+    random = np.random.default_rng(6)
+    labels = (random.random(400) < 0.7).astype(np.int64)
+    predicted = np.where(random.random(400) < 0.8, labels, 1 - labels)
+
+    (straight,) = resampled_class_metric("f1", labels, (predicted,), 2, positive=1)
+    (turned,) = resampled_class_metric("f1", 1 - labels, (1 - predicted,), 2, positive=0)
+    assert percentile_interval(turned) == pytest.approx(percentile_interval(straight), abs=0.01)
+    assert turned.mean() == pytest.approx(f1_score(labels, predicted), abs=0.01)
+    assert abs(resampled_class_metric("f1", 1 - labels, (1 - predicted,), 2)[0].mean() - turned.mean()) > 0.1
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(-3, 3), st.integers(0, 3)), min_size=4, max_size=30))

@@ -28,6 +28,65 @@ def test_a_trained_head_is_seen_in_the_weights_names(tmp_path: Path, name: Famil
     assert not checkpoint.has_trained_head(random_checkpoint(tmp_path / "without", name, head=False))
 
 
+# architectures → whether a folder whose weights have the names of a sequence classification head has one
+PURPOSES = {
+    ("BertForSequenceClassification",): True,
+    (): True,
+    ("BertModel",): True,
+    ("BertForTokenClassification",): False,
+    ("BertForQuestionAnswering",): False,
+    ("BertForMaskedLM",): False,
+}
+
+
+@pytest.mark.parametrize("architectures", PURPOSES)
+def test_a_head_for_another_purpose_is_no_classification_head_whatever_its_weights_are_called(
+    tmp_path: Path, architectures: tuple[str, ...]
+) -> None:
+    folder = random_checkpoint(tmp_path, "bert")
+    edit_config(folder, architectures=list(architectures))
+    assert checkpoint.has_trained_head(folder) is PURPOSES[architectures]
+
+
+def test_a_real_token_classification_model_is_no_teacher_as_it_is_and_takes_a_new_head(tmp_path: Path) -> None:
+    import transformers
+
+    folder = random_checkpoint(tmp_path / "model", "bert")
+    hf: Any = transformers  # its constructors have no types
+    hf.BertForTokenClassification(hf.BertConfig.from_pretrained(folder, num_labels=5)).save_pretrained(folder)
+    assert "classifier.weight" in load_file(folder / "model.safetensors")
+    assert not checkpoint.has_trained_head(folder)
+    with pytest.raises(ModelError, match="no trained classification head"):
+        checkpoint.load(folder, toy_task())
+    model, _ = checkpoint.load(folder, toy_task(), new_head_seed=0)
+    assert model.config.num_labels == 2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_class_names_that_config_leaves_out_are_filled_in_for_a_trained_head(tmp_path: Path, name: FamilyName) -> None:
+    folder = random_checkpoint(tmp_path / "two", name)
+    assert not {"id2label", "num_labels"} & json.loads((folder / "config.json").read_text()).keys(), "transformers leaves them out"
+    assert checkpoint.id2label(folder) == {0: "LABEL_0", 1: "LABEL_1"}
+    assert checkpoint.id2label(random_checkpoint(tmp_path / "none", name, head=False)) == {}
+
+
+def test_without_names_the_number_of_classes_is_the_stated_one_or_the_heads_rows(tmp_path: Path) -> None:
+    folder = random_checkpoint(tmp_path, "roberta", outputs=3)
+    edit_config(folder, id2label=None, label2id=None)
+    assert checkpoint.id2label(folder) == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    edit_config(folder, num_labels=4)
+    assert len(checkpoint.id2label(folder)) == 4
+
+
+def test_a_pickled_head_without_names_has_the_two_outputs_that_transformers_builds(tmp_path: Path) -> None:
+    folder = random_checkpoint(tmp_path, "bert")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert checkpoint.id2label(folder) == {0: "LABEL_0", 1: "LABEL_1"}
+    model, _ = checkpoint.load(folder, toy_task())
+    assert model.config.num_labels == 2
+
+
 def test_asking_for_the_head_and_importing_the_training_stages_loads_no_torch(tmp_path: Path) -> None:
     folder = random_checkpoint(tmp_path, "bert")
     code = (

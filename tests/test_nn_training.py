@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Container
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -10,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from models import FAMILIES, FamilyName, random_checkpoint, run_stage, silent, toy_context, toy_rows, toy_task
-from onnxsqueeze.errors import StageError
-from onnxsqueeze.nn import checkpoint, training
+from onnxsqueeze.errors import MeasureError, StageError
+from onnxsqueeze.nn import checkpoint, teacher, training
 from onnxsqueeze.nn.batches import encode
 from onnxsqueeze.nn.precision import effective, machine_bound
 from onnxsqueeze.nn.settings import TrainingSettings
@@ -19,6 +20,7 @@ from onnxsqueeze.stage import Context, Progress
 from onnxsqueeze.stages.distill import Distill
 from onnxsqueeze.stages.finetune import Finetune
 from onnxsqueeze.stages.prune_weights import PruneWeights
+from onnxsqueeze.tasks.metrics import primary
 
 
 class KilledError(Exception):
@@ -85,12 +87,123 @@ def test_a_finished_training_that_was_killed_before_its_files_were_written_train
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
-def test_a_damaged_training_state_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda _: b"",
+    "cut short": lambda whole: whole[: len(whole) // 2],
+    "its end is zeros": lambda whole: whole[:-4096] + bytes(4096),
+    "one byte of the weights": lambda whole: whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 64]) + whole[len(whole) // 2 + 1 :],
+    "something else": lambda _: b"no saved state",
+    "half a pickle": lambda _: b"\x80\x02X\x01",  # struct.error from torch alone
+}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, bytes]:
+    """A parent, the state of a training killed in its second epoch, and the weights that the whole training ends in."""
+    folder = tmp_path_factory.mktemp("killed")
+    parent = random_checkpoint(folder / "parent", "bert", hidden=16)
+    whole, _ = run_stage(STAGES["finetune"], parent, folder / "whole")
+    context = toy_context(folder, progress=Killer(at=6))
+    with pytest.raises(KilledError):
+        run_stage(STAGES["finetune"], parent, folder / "run", context=context)
+    return parent, (context.checkpoint / "training.pt").read_bytes(), (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_state_starts_the_training_anew_and_the_record_says_so(
+    tmp_path: Path, killed: tuple[Path, bytes, bytes], damage: str
+) -> None:
+    parent, state, weights = killed
+    steps = Killer()
+    context = toy_context(tmp_path, progress=steps)
+    (context.checkpoint / "training.pt").write_bytes(DAMAGES[damage](state))
+    out, changed = run_stage(STAGES["finetune"], parent, tmp_path / "run", context=context)
+    assert changed.details["restarted"] == "the saved state could not be read"
+    assert "resumed_at_epoch" not in changed.details
+    assert steps.steps == list(range(1, 13))
+    assert (out / "model.safetensors").read_bytes() == weights
+
+
+def test_a_whole_state_is_resumed_and_the_record_tells_of_no_restart(tmp_path: Path, killed: tuple[Path, bytes, bytes]) -> None:
+    parent, state, weights = killed
     context = toy_context(tmp_path)
-    (context.checkpoint / "training.pt").write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(StageError, match="saved training state cannot be read") as caught:
-        run_stage(STAGES["finetune"], random_checkpoint(tmp_path / "parent", "bert"), tmp_path / "run", context=context)
-    assert "delete" in str(caught.value.remedy)
+    (context.checkpoint / "training.pt").write_bytes(state)
+    out, changed = run_stage(STAGES["finetune"], parent, tmp_path / "run", context=context)
+    assert changed.details["resumed_at_epoch"] == 2
+    assert "restarted" not in changed.details
+    assert (out / "model.safetensors").read_bytes() == weights
+
+
+def test_no_length_of_a_cut_state_is_more_than_a_restart(tmp_path: Path, killed: tuple[Path, bytes, bytes]) -> None:
+    _, state, _ = killed
+    file = tmp_path / "training.pt"
+    for length in (*range(0, 400, 7), *range(400, len(state), len(state) // 60), *range(len(state) - 400, len(state), 7)):
+        file.write_bytes(state[:length])
+        with pytest.raises(training._UNREADABLE):
+            training._State.read(file)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut short", "something else"])
+def test_damaged_logits_of_a_teacher_are_made_again_and_the_progress_says_so(tmp_path: Path, damage: str) -> None:
+    folder = random_checkpoint(tmp_path / "teacher", "bert", hidden=16)
+    notes: list[str] = []
+    context = toy_context(tmp_path, progress=lambda _done, _total, note="": notes.append(note))
+    model, family = teacher.load(folder, folder, context)
+    examples = encode(folder, context.train.rows, context.task.max_length)
+    first = teacher.logits(model, family, examples, "fp32", context)
+    assert set(notes) == {"the teacher's logits"}
+    notes.clear()
+    assert torch.equal(teacher.logits(model, family, examples, "fp32", context), first)
+    assert not notes, "kept logits are read"
+    file = context.checkpoint / "teacher_logits.npy"
+    whole = file.read_bytes()
+    file.write_bytes(DAMAGES[damage](whole))
+    assert torch.equal(teacher.logits(model, family, examples, "fp32", context), first)
+    assert set(notes) == {"the teacher's logits, anew: the saved ones could not be read"}
+    assert file.read_bytes() == whole
+
+
+def selecting(context: Context, spoilt: Container[int]) -> Context:
+    """``context`` with the task's own metric as `select`; it gets the logits of the calls in ``spoilt`` (from 1) as not finite."""
+    labels = [row.label for row in context.selection.rows]
+    calls = count(1)
+
+    def select(logits: NDArray[np.float32]) -> float:
+        if next(calls) in spoilt:
+            logits[0, 0] = np.inf
+        return primary(context.task, logits, labels)
+
+    return replace(context, select=select)
+
+
+def test_an_epoch_whose_logits_are_not_finite_has_no_score_and_is_not_kept(tmp_path: Path) -> None:
+    parent = random_checkpoint(tmp_path / "parent", "bert")
+    _, changed = run_stage(STAGES["finetune"], parent, tmp_path / "run", context=selecting(toy_context(tmp_path), {1, 3}))
+    assert [entry["score"] is None for entry in changed.details["history"]] == [True, False, True]
+    assert changed.details["best_epoch"] == 2
+
+
+def test_a_training_without_any_score_is_an_error_with_a_remedy_and_is_not_remembered(tmp_path: Path) -> None:
+    parent = random_checkpoint(tmp_path / "parent", "bert")
+    context = toy_context(tmp_path)
+    with pytest.raises(StageError, match="finetune: none of the epochs 1 to 3 has a score") as caught:
+        run_stage(STAGES["finetune"], parent, tmp_path / "run", context=selecting(context, range(1, 4)))
+    assert "learning_rate" in str(caught.value.remedy)
+    assert not list(context.checkpoint.iterdir())
+
+
+def test_a_score_in_an_epoch_that_may_not_be_kept_does_not_count(tmp_path: Path) -> None:
+    parent = random_checkpoint(tmp_path / "parent", "bert")
+    with pytest.raises(StageError, match="prune-weights: none of the epochs 3 to 3 has a score"):
+        run_stage(STAGES["prune-weights"], parent, tmp_path / "run", context=selecting(toy_context(tmp_path), {3}))
+
+
+def test_a_metric_that_fails_on_finite_logits_is_no_missing_score(tmp_path: Path) -> None:
+    parent = random_checkpoint(tmp_path / "parent", "bert")
+    context = toy_context(tmp_path)
+    context = replace(context, select=lambda logits: primary(context.task, logits, [0]))
+    with pytest.raises(MeasureError, match="must have the shape"):
+        run_stage(STAGES["finetune"], parent, tmp_path / "run", context=context)
 
 
 def test_the_seed_decides_the_bytes_and_the_callers_random_state_does_not(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,22 @@ def test_layers_are_chosen_evenly_up_to_the_last_or_as_named(wanted: int | tuple
     assert chosen_layers(wanted, available, "distill") == kept
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_that_the_model_has_not_are_known_from_its_config(tmp_path: Path, name: FamilyName) -> None:
+    config = json.loads((random_checkpoint(tmp_path, name, layers=6) / "config.json").read_text())
+    assert Distill(layers=12).misfit(config) == "layers: must be from 1 to 6, the model's layers, got 12"
+    assert Distill(layers=(0, 6)).misfit(config) == "layers: must be rising indices from 0 to 5, the model's last layer, got [0, 6]"
+    assert Distill(layers=6).misfit(config) is None
+    assert Distill(layers=(0, 5)).misfit(config) is None
+
+
+def test_a_config_that_leaves_the_number_of_layers_to_the_library_is_not_judged() -> None:
+    assert Distill(layers=99).misfit({"model_type": "bert"}) is None
+
+
 @pytest.mark.parametrize("wanted", [7, (), (6,), (-1,), (1, 0), (2, 2)])
 def test_layers_that_the_model_has_not_are_an_error(wanted: int | tuple[int, ...]) -> None:
-    with pytest.raises(StageError, match=r"layers: must be"):
+    with pytest.raises(StageError, match=r"^distill: layers: must be"):
         chosen_layers(wanted, 6, "distill")
 
 

@@ -2,6 +2,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,8 +67,60 @@ def test_what_neural_compressor_says_is_shown_only_when_it_fails(tmp_path: Path,
     words = next(t for t in model.graph.initializer if t.name == "bert.embeddings.word_embeddings.weight")
     words.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(words)[:5], words.name))
     graph.save(model, short)
-    with pytest.raises(StageError, match=r"(?s)gave no model.*out of data bounds"):
+    with pytest.raises(StageError, match=r"(?s)gave no model.*File \"\w+\.py\", line .*out of data bounds") as failure:
         build(stage(approach="static"), artifact(short, "onnx"), tmp_path / "again", context)
+    assert not any(place in str(failure.value) for place in (str(tmp_path), "site-packages/", "/onnxruntime_src"))
+
+
+@contextmanager
+def interrupted_in(function: str) -> Iterator[None]:
+    """Send SIGINT to this process, once, from another thread, as soon as the main thread is in this function of neural-compressor."""
+    over, sent, main = threading.Event(), threading.Event(), threading.main_thread().ident
+
+    def watch() -> None:
+        while not over.wait(0.001):
+            frame = sys._current_frames()[main or 0]
+            while frame is not None:
+                if frame.f_code.co_name == function and "neural_compressor" in frame.f_code.co_filename:
+                    sent.set()
+                    os.kill(os.getpid(), signal.SIGINT)
+                    return
+                frame = frame.f_back  # type: ignore[assignment]
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+        assert sent.is_set(), f"neural-compressor was never in {function}"
+
+
+@needs_inc
+def test_an_interrupt_at_any_moment_ends_the_stage_as_one(tmp_path: Path) -> None:
+    parent, context = export(tmp_path, "bert")
+    before = signal.getsignal(signal.SIGINT)
+    for moment in ("fit", "traverse", "quantize", "get_intermediate_outputs", "convert"):
+        out = tmp_path / moment
+        with pytest.raises(KeyboardInterrupt), interrupted_in(moment):
+            build(stage(approach="static"), parent, out, context)
+        assert names(out) == set()
+        assert signal.getsignal(signal.SIGINT) is before
+
+
+@needs_inc
+def test_where_interrupts_are_ignored_or_the_work_is_in_another_thread_they_stay_so(tmp_path: Path) -> None:
+    parent, context = export(tmp_path, "bert")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupted_in("traverse"):
+            build(stage(), parent, tmp_path / "ignored", context)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(build, stage(), parent, tmp_path / "threaded", context).result()
+    assert (tmp_path / "ignored" / "model.onnx").read_bytes() == (tmp_path / "threaded" / "model.onnx").read_bytes()
 
 
 @needs_inc

@@ -179,6 +179,51 @@ def test_a_library_that_hides_a_full_disk_still_gives_the_root_cause(small_disk:
         Store(small_disk).make("big", "onnx", {}, build)
 
 
+def test_the_real_library_that_saves_weights_gives_the_root_cause(small_disk: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    def build(draft: Path, checkpoint: Path) -> Changed:
+        save_file({"w": torch.zeros(1_000_000)}, draft / "model.safetensors")
+        return Changed(1, "x")
+
+    with pytest.raises(StoreError, match="the disk is full"):
+        Store(small_disk).make("big", "checkpoint", {}, build)
+
+
+def test_a_full_disk_below_an_array_gives_the_root_cause(small_disk: Path) -> None:
+    import numpy as np
+
+    def build(draft: Path, checkpoint: Path) -> Changed:
+        np.save(checkpoint / "logits.npy", np.zeros(1_000_000))
+        return Changed(1, "x")
+
+    with pytest.raises(StoreError, match="the disk is full"):
+        Store(small_disk).make("big", "checkpoint", {}, build)
+
+
+def test_the_seconds_of_a_resumed_stage_count_what_was_saved_before(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def interrupted(draft: Path, checkpoint: Path) -> Changed:
+        (checkpoint / "epoch").write_text("1")
+        os.utime(checkpoint / "epoch", (time.time() + 100, time.time() + 100))
+        raise StageError("killed")
+
+    with pytest.raises(StageError):
+        store.make("k", "onnx", {}, interrupted)
+    entry, _ = store.make("k", "onnx", {}, fill())
+    assert 100 <= entry.seconds < 110
+
+
+def test_a_checkpoint_that_a_kill_left_behind_a_finished_artifact_goes(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.make("k", "onnx", {}, fill())
+    (tmp_path / "checkpoints" / "k").mkdir()
+    assert store.find("k")
+    assert not (tmp_path / "checkpoints" / "k").exists()
+
+
 def test_a_store_below_a_file_is_refused_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="ONNXSQUEEZE_STORE"):

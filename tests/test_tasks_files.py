@@ -72,6 +72,20 @@ def test_labels_in_the_recipe_give_the_order_of_the_classes(tmp_path: Path) -> N
     assert [row.label for row in task.dev()[0].rows] == [0, 1, 0, 1]
 
 
+@pytest.mark.parametrize(("stated", "positive"), [(None, "spam"), (["ham", "spam"], "spam"), (["spam", "ham"], "ham")])
+def test_f1_is_of_the_second_class_of_the_tasks_own_order_and_stays_with_it(
+    tmp_path: Path, stated: list[str] | None, positive: str
+) -> None:
+    task = open_task(settings(tmp_path, invented(600), invented(4), metric=["accuracy", "f1"], labels=stated), data_dir=None, seed=0)
+    assert (task.info.positive, task.info.positive_index) == (positive, 1)
+    other = task.in_order_of({0: positive, 1: task.info.labels[0]})
+    assert (other.info.positive, other.info.positive_index) == (positive, 0)
+
+
+def test_without_f1_no_class_of_own_files_is_the_positive_one(tmp_path: Path) -> None:
+    assert open_task(settings(tmp_path, invented(600), invented(4)), data_dir=None, seed=0).info.positive is None
+
+
 def test_numbers_truth_values_and_their_texts_are_the_same_class_in_every_format(tmp_path: Path) -> None:
     task = open_task(settings(tmp_path, invented(600, ("0", "1")), invented(4, (0, 1.0))), data_dir=None, seed=0)
     assert [row.label for row in task.dev()[0].rows] == [0, 1, 0, 1]

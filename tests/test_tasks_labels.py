@@ -1,10 +1,14 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from glue_files import write_task
+from models import random_checkpoint
 from onnxsqueeze.errors import DataError
+from onnxsqueeze.nn.checkpoint import id2label
 from onnxsqueeze.tasks.labels import labels_in_model_order
+from onnxsqueeze.tasks.metrics import scores
 from onnxsqueeze.tasks.open import Task, open_task
 from onnxsqueeze.tasks.rows import TaskInfo
 from onnxsqueeze.tasks.settings import TaskSettings
@@ -30,12 +34,24 @@ def test_an_order_that_cannot_be_proven_is_an_error_that_shows_both_orders(names
     assert f"0: {names[0]}, 1: {names[1]}" in caught.value.message
     assert "labels: [entailment, not_entailment]" in str(caught.value.remedy)
     assert "id2label" in str(caught.value.remedy)
+    assert "force: true" in str(caught.value.remedy)
 
 
 def test_a_stated_order_is_taken_where_names_prove_nothing_and_never_for_another_number_of_classes() -> None:
     assert labels_in_model_order(RTE, {0: "LABEL_0", 1: "LABEL_1"}, stated=True) == RTE.labels
-    with pytest.raises(DataError, match=r"the task has 2 classes .* but the model has 3"):
+    with pytest.raises(DataError, match=r"the task has 2 classes .* but the model has 3") as caught:
         labels_in_model_order(RTE, {0: "a", 1: "b", 2: "c"}, stated=True)
+    assert "force: true" in str(caught.value.remedy)
+
+
+def test_a_classifier_whose_config_names_no_classes_needs_the_order_stated_and_nothing_more(tmp_path: Path) -> None:
+    write_task(tmp_path, "rte")
+    names = id2label(random_checkpoint(tmp_path / "model", "bert"))
+    with pytest.raises(DataError, match=r"0: entailment, 1: not_entailment; the model's are 0: LABEL_0, 1: LABEL_1"):
+        open_task(TaskSettings(name="rte"), data_dir=tmp_path, seed=0).in_order_of(names)
+    for order in (("entailment", "not_entailment"), ("not_entailment", "entailment")):
+        stated = open_task(TaskSettings(name="rte", labels=order), data_dir=tmp_path, seed=0)
+        assert stated.in_order_of(names).info.labels == order
 
 
 def test_classes_that_differ_by_a_sign_alone_are_not_mixed_up() -> None:
@@ -50,6 +66,27 @@ def test_a_score_needs_a_model_with_one_output() -> None:
     assert labels_in_model_order(stsb, {0: "LABEL_0"}) == ()
     with pytest.raises(DataError, match="its label is a score"):
         labels_in_model_order(stsb, {0: "LABEL_0", 1: "LABEL_1"})
+
+
+@pytest.mark.parametrize("name", ["mrpc", "qqp"])
+def test_f1_is_of_the_same_class_in_whatever_order_a_model_has_the_classes(tmp_path: Path, name: str) -> None:
+    write_task(tmp_path, name)
+    task = open_task(TaskSettings(name=name), data_dir=tmp_path, seed=0)
+    positive = {"mrpc": "equivalent", "qqp": "duplicate"}[name]
+    turned = task.in_order_of({0: positive, 1: f"not_{positive}"})
+    stated = open_task(TaskSettings(name=name, labels=(positive, f"not_{positive}")), data_dir=tmp_path, seed=0)
+    for other in (turned, stated):
+        assert other.info.labels == tuple(reversed(task.info.labels))
+        assert scores_of_one_answer(other, positive) == scores_of_one_answer(task, positive)
+        assert scores_of_one_answer(other, f"not_{positive}") == scores_of_one_answer(task, f"not_{positive}")
+    n, true = len(task.selection.rows), sum(row.label == 1 for row in task.selection.rows)
+    assert scores_of_one_answer(turned, positive)["f1"] == pytest.approx(2 * true / (n + true))
+
+
+def scores_of_one_answer(task: Task, answer: str) -> dict[str, float]:
+    """The task's metrics on the selection rows where every row is said to be ``answer``."""
+    labels = [row.label for row in task.selection.rows]
+    return scores(task.info, np.eye(2, dtype=np.float32)[[task.info.labels.index(answer)] * len(labels)], labels)
 
 
 def test_another_order_renumbers_every_row_and_changes_no_rows_class(tmp_path: Path) -> None:

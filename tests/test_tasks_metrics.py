@@ -9,6 +9,7 @@ from onnxsqueeze.tasks.metrics import primary, scores
 from onnxsqueeze.tasks.rows import TaskInfo
 
 BINARY = TaskInfo("own", ("no", "yes"), ("matthews", "accuracy", "f1"), "matthews")
+BINARY_F1 = TaskInfo("own", ("no", "yes"), ("f1",), "f1", positive="yes")
 SCORE = TaskInfo("own", (), ("spearman", "pearson"), "spearman")
 
 
@@ -25,6 +26,16 @@ def test_class_metrics_equal_the_values_counted_by_hand() -> None:
     assert got["f1"] == pytest.approx(2 * 3 / (2 * 3 + 1 + 2))
     assert got["matthews"] == pytest.approx((3 * 4 - 1 * 2) / math.sqrt(4 * 5 * 5 * 6))
     assert primary(BINARY, logits([1, 1, 1, 1, 0, 0, 0, 0, 0, 0]), truth) == got["matthews"]
+
+
+def test_f1_is_that_of_the_class_named_positive_wherever_it_stands() -> None:
+    truth, said = [1, 1, 1, 0, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
+    no = TaskInfo("own", ("no", "yes"), ("f1",), "f1", positive="no")
+    assert primary(no, logits(said), truth) == pytest.approx(2 * 4 / (2 * 4 + 2 + 1))
+    turned = TaskInfo("own", ("yes", "no"), ("f1",), "f1", positive="yes")
+    assert primary(turned, logits([1 - i for i in said]), [1 - i for i in truth]) == primary(BINARY_F1, logits(said), truth)
+    assert primary(turned, logits([0, 0]), [0, 0]) == 1.0
+    assert primary(turned, logits([1, 1]), [1, 1]) == 0.0
 
 
 def test_correlations_equal_the_values_worked_out_by_hand() -> None:

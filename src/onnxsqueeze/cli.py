@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ from onnxsqueeze import __version__
 from onnxsqueeze.errors import SqueezeError, UsageError, nearest
 
 if TYPE_CHECKING:
-    from onnxsqueeze.pipeline import Prepared
+    from onnxsqueeze.prepare import Prepared
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -105,7 +106,9 @@ def run(
             metavar="DIR", help="Where results.json, the reports and a folder per target go; default: runs/RECIPE-TASK", show_default=False
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="Instead of the recipe's seed", show_default=False)] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", min=0, max=2**31 - 1, help="Instead of the recipe's seed", show_default=False)
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be made and stop")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the store has measurements of")] = False,
     require: Annotated[
@@ -119,13 +122,15 @@ def run(
     ] = None,
 ) -> None:
     """Make every target of a recipe, measure it, and write the record and its reports."""
-    from onnxsqueeze import pipeline
+    # Read by libgomp when torch is loaded: a team that spins stalls for whole time slices where another process takes one of its cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from onnxsqueeze import pipeline, prepare
     from onnxsqueeze.console import Watcher
     from onnxsqueeze.report.terminal import print_summary
     from onnxsqueeze.store import Store
 
-    request = pipeline.Request(recipe, task, model, data_dir, tuple(set_ or ()), out, seed, fresh=fresh, require=tuple(require or ()))
-    prepared = pipeline.prepare(request)
+    request = prepare.Request(recipe, task, model, data_dir, tuple(set_ or ()), out, seed, fresh=fresh, require=tuple(require or ()))
+    prepared = prepare.prepare(request)
     with Watcher() as watcher:
         store = Store(Store.default_root(), tell=watcher.say)
         if dry_run:

@@ -114,7 +114,24 @@ def versions(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def describe(providers: Sequence[str], accelerator: str | None = None) -> Environment:
+def accelerator(root: Path = ROOT) -> str | None:
+    """Model names of the NVIDIA GPUs that this process may use, as the driver gives them; None without one."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    names = []
+    for file in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
+        found = re.search(r"^Model:\s*(.+?)\s*$", file.read_text(encoding="utf-8"), re.MULTILINE)
+        names.append(found[1] if found else "NVIDIA GPU")
+    return ", ".join(names) or None
+
+
+def processors() -> dict[str, str]:
+    """What computes here, as causes of machine-bound results: CPU model, instruction set, and the GPU where there is one."""
+    gpu = accelerator()
+    return {"cpu": cpu_model(), "instruction_set": instruction_set(), **({"accelerator": gpu} if gpu else {})}
+
+
+def describe(providers: Sequence[str]) -> Environment:
     """This machine for the record. ``providers`` are those that started a session: `onnxsqueeze.backends.started_providers`.
 
     Holds no host name, user name or path.
@@ -130,7 +147,7 @@ def describe(providers: Sequence[str], accelerator: str | None = None) -> Enviro
         python=platform.python_version(),
         versions=versions(TOOLS),
         providers=tuple(providers),
-        accelerator=accelerator,
+        accelerator=accelerator(),
     )
 
 

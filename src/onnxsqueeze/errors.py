@@ -14,9 +14,16 @@ SqueezeError                exit 1   the base: one message, and what to do about
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+
+# Kept as they are: URLs of other machines, and closing tags such as RoBERTa's "</s>". A path begins where no word, fraction or
+# glob goes on ("int8/uint8", "(a+b)/2", "../x", "**/x" are none), and ends at a space, a quote, or a separator before the next path.
+_KEPT = r"(?P<kept>[A-Za-z][A-Za-z0-9+.-]*(?<!file)://(?!/)(?:(?![,;|]/|:/(?!/))[^\s\"'`<>])*|</\w+>)"
+_PATH = r"(?:(?<=\\[nrt])|(?<![\w.*+)\]}/~%$#\\-]))(?:~(?:[^\W\d][\w.-]*)?)?/(?:(?![:,;=|&(\[{]/)[^\s\"'`<>])+"
+_KEPT_OR_PATH = re.compile(f"{_KEPT}|{_PATH}")
 
 
 class SqueezeError(Exception):
@@ -100,3 +107,19 @@ def nearest(word: str, known: Sequence[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(sorted(known))}" if known else ""
+
+
+def without_paths(text: str) -> str:
+    """``text`` with the last part alone of every absolute POSIX path in it: ``File "/home/alice/x.py", line 3`` → ``File "x.py", line 3``.
+
+    For messages that go into records, which name no machine. ``~/x`` and ``file:`` URLs count as paths; a path ends at a space.
+    What looks like a path is taken for one: of an ONNX node ``/encoder/MatMul`` remains ``MatMul``.
+    """
+    return _KEPT_OR_PATH.sub(lambda found: found[0] if found["kept"] else _last_part(found[0]), text)
+
+
+def _last_part(path: str) -> str:
+    """The last part with a letter or digit in it, and the punctuation after it; ``path`` itself where it has none."""
+    parts = path.split("/")
+    named = [i for i, part in enumerate(parts) if i > 0 and any(letter.isalnum() for letter in part)]
+    return "".join(parts[named[-1] :]) if named else path

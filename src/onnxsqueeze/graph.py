@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from onnxsqueeze.artifact import EXTERNAL_DATA_FILE, MODEL_FILE
-from onnxsqueeze.errors import StageError
+from onnxsqueeze.errors import StageError, without_paths
 from onnxsqueeze.results import WeightClass
 
 if TYPE_CHECKING:
@@ -194,7 +194,8 @@ def check(path: Path, like: Path | None = None) -> None:
         onnx.checker.check_model(str(path))  # by path: above 2 GB the checker cannot take a message
     except (onnx.checker.ValidationError, ValueError) as error:
         raise StageError(
-            f"{where}: not valid ONNX: {error}", remedy="this is a fault of the stage that wrote it: please report the recipe"
+            f"{where}: not valid ONNX: {without_paths(str(error))}",
+            remedy="this is a fault of the stage that wrote it: please report the recipe",
         ) from error
     if like is not None and (here := signature(path)) != (there := signature(like)):
         raise StageError(f"{where}: inputs and outputs changed: got {_spoken(here)}, the parent has {_spoken(there)}")
@@ -203,7 +204,7 @@ def check(path: Path, like: Path | None = None) -> None:
     try:
         ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except _session_errors() as error:
-        raise StageError(f"{where}: ONNX Runtime {ort.__version__} cannot load it: {error}") from error
+        raise StageError(f"{where}: ONNX Runtime {ort.__version__} cannot load it: {without_paths(str(error))}") from error
 
 
 def signature(path: Path) -> dict[str, tuple[str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,23 +89,12 @@ def _minilm_folder() -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    from httpx import HTTPError
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-    from requests.exceptions import RequestException
+    from huggingface_hub.errors import HFValidationError
 
-    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
     try:
         return Path(snapshot_download(name, allow_patterns=[*SIDE_FILES, *_WEIGHTS], ignore_patterns=["*/*"]))
-    except (
-        LocalEntryNotFoundError,
-        HfHubHTTPError,
-        HFValidationError,
-        OfflineModeIsEnabled,
-        RequestException,
-        HTTPError,
-        OSError,
-    ) as error:
+    except (HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
             f"model {name}: is not in the local cache and cannot be had from the Hugging Face Hub: {reason}",

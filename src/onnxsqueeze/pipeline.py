@@ -5,32 +5,25 @@ The dev set is opened after the last stage, by the measuring alone.
 
 from __future__ import annotations
 
-import os
-import shlex
-import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from onnxsqueeze import backends, environment, graph, models
-from onnxsqueeze.artifact import Artifact, folder_digest, make_durable
-from onnxsqueeze.errors import GateMissed, SqueezeError, StageError, StoreError, Unavailable, UsageError, nearest
-from onnxsqueeze.models import Start
-from onnxsqueeze.nn.checkpoint import has_trained_head, id2label
-from onnxsqueeze.plan import Branch, Plan, Step, make_plan
-from onnxsqueeze.recipe import LoadedRecipe, load
+from onnxsqueeze import backends, environment, graph
+from onnxsqueeze.artifact import Artifact
+from onnxsqueeze.errors import GateMissed, SqueezeError, StageError, StoreError, Unavailable
+from onnxsqueeze.output import check_writable, publish, remove_stale
+from onnxsqueeze.plan import Branch, Step
+from onnxsqueeze.prepare import Prepared, Request, command_of
 from onnxsqueeze.record import Made, Measurer
 from onnxsqueeze.report.write import write_reports
 from onnxsqueeze.results import RESULTS_FILE, Results, Split, StageRecord, Target, TaskRecord
 from onnxsqueeze.stage import Changed, Context, Progress
 from onnxsqueeze.store import Entry, Store, exclusive, write_atomically
 from onnxsqueeze.tasks.metrics import primary
-from onnxsqueeze.tasks.open import Task, open_task
 from onnxsqueeze.tasks.rows import SplitRows
-from onnxsqueeze.tasks.settings import NAMES, TaskSettings
 
 
 class Watcher(Protocol):
@@ -44,35 +37,6 @@ class Watcher(Protocol):
 
     def end(self, text: str) -> None:
         """The piece of work that began last is done."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a user asks of one run. Values of None are the recipe's."""
-
-    recipe: Path
-    task: str | None = None
-    model: str | None = None
-    data_dir: Path | None = None
-    overrides: Sequence[str] = ()
-    out: Path | None = None
-    seed: int | None = None
-    fresh: bool = False
-    require: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run that is ready to start: everything that can be wrong with its input has been looked at."""
-
-    request: Request
-    loaded: LoadedRecipe
-    task: Task
-    start: Start
-    seed: int
-    threads: int
-    plan: Plan
-    out: Path
 
 
 @dataclass(frozen=True)
@@ -90,51 +54,15 @@ class Outcome:
         return 1 if codes - {GateMissed.exit_code} else max(codes, default=0)
 
 
-def prepare(request: Request) -> Prepared:
-    """Check recipe, task, rows, model and output folder, and plan the run; nothing is made. Raises UsageError."""
-    loaded = load(request.recipe, request.overrides)
-    recipe = loaded.recipe
-    settings = recipe.task.beside(request.recipe.parent)
-    if request.task not in (None, settings.name):
-        if request.task not in NAMES:
-            raise UsageError(
-                f"--task {request.task}: unknown task {request.task!r}{nearest(str(request.task), NAMES)}",
-                remedy="name a GLUE task or toy; files of your own are named in the recipe",
-            )
-        settings = TaskSettings(name=request.task, max_length=settings.max_length, train_rows=settings.train_rows)
-    seed = recipe.seed if request.seed is None else request.seed
-    start = models.resolve(request.model or recipe.model)
-    task = open_task(settings, data_dir=request.data_dir, seed=seed)
-    if has_trained_head(start.artifact.path):
-        task = task.in_order_of(id2label(start.artifact.path))
-    threads = threads_to_use()
-    plan = make_plan(loaded, start, task, seed, threads)
-    planned = sorted({branch.backend for branch in plan.branches})
-    for name in request.require:
-        if backends.get(name).name not in planned:
-            raise UsageError(f"--require {name}: the recipe has no target for this backend", remedy=f"its backends: {', '.join(planned)}")
-    out = request.out or Path("runs") / f"{recipe.name}-{task.info.name}"
-    return Prepared(request, loaded, task, start, seed, threads, plan, out)
-
-
-def threads_to_use() -> int:
-    """The cores that this process may use, or fewer where OMP_NUM_THREADS says so."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    cores = environment.default_threads()
-    return min(cores, int(asked)) if asked.isdigit() and int(asked) > 0 else cores
-
-
 def run(prepared: Prepared, store: Store, watcher: Watcher) -> Outcome:
     """Make and measure every target; write results.json, the reports and a folder per target below ``out``.
 
-    A failing target is a row "failed" and the others go on; a failing shared stage ends the run.
-    Raises StageError, StoreError, UsageError.
+    A failing stage makes the targets below it rows "failed", and the others go on.
+    Raises StoreError for a full or read-only disk, UsageError for an output folder that cannot be written and for broken dev files.
     """
-    _check_writable(prepared.out)
+    check_writable(prepared.out)
     with exclusive(prepared.out / ".lock", waiting=lambda: watcher.say(f"{prepared.out}: another run is writing here; waiting for it")):
         maker = _Maker(prepared, store, watcher)
-        for step in prepared.plan.shared:
-            maker.make(step)
         made = [maker.branch(branch) for branch in prepared.plan.branches]
         return _measure(prepared, store, watcher, maker, made)
 
@@ -147,6 +75,7 @@ class _Maker:
     store: Store
     watcher: Watcher
     done: dict[str, tuple[Entry, bool]] = field(default_factory=dict)
+    failed: dict[str, SqueezeError] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
 
     def artifact(self, step: Step | None) -> Artifact:
@@ -163,6 +92,8 @@ class _Maker:
             return
         if step.key in self.done:
             return
+        if step.key in self.failed:
+            raise self.failed[step.key]
         found = self.store.find(step.key)
         if found:
             self.done[step.key] = (found, True)
@@ -172,9 +103,15 @@ class _Maker:
         if missing:
             raise Unavailable(missing[0], remedy=missing[1])
         progress = self.watcher.begin(step.stage.name)
-        entry, was_there = self.store.make(
-            step.key, step.format, step.causes, lambda draft, checkpoint: self._build(step, draft, checkpoint, progress)
-        )
+        try:
+            entry, was_there = self.store.make(
+                step.key, step.format, step.causes, lambda draft, checkpoint: self._build(step, draft, checkpoint, progress)
+            )
+        except StoreError:
+            raise
+        except SqueezeError as error:
+            self.failed[step.key] = error
+            raise
         self.done[step.key] = (entry, was_there)
         self.watcher.end(f"{step.stage.name}: {entry.changed.count:,} {entry.changed.what} in {entry.seconds:.1f} s{_resumed(entry)}")
 
@@ -210,7 +147,9 @@ class _Maker:
         try:
             for step in branch.steps:
                 self.make(step)
-        except (StageError, Unavailable) as error:
+        except StoreError:
+            raise
+        except SqueezeError as error:
             problem = error
             self.watcher.end(f"{branch.target.name}: {'skipped' if isinstance(error, Unavailable) else 'failed'}: {error.message}")
         artifact = None if problem else self.artifact(branch.steps[-1])
@@ -259,9 +198,10 @@ def _measure(prepared: Prepared, store: Store, watcher: Watcher, maker: _Maker, 
         date=datetime.now(UTC).date().isoformat(),
         threads=prepared.threads,
     )
+    remove_stale(prepared.out, [one.branch.target.name for one in made if one.artifact])
     for one in made:
         if one.artifact:
-            _publish(one.artifact.path, prepared.out / one.branch.target.name)
+            publish(one.artifact.path, prepared.out / one.branch.target.name)
     write_atomically(prepared.out / RESULTS_FILE, results.to_json().encode())
     write_reports([results], prepared.out)
     return Outcome(results, prepared.out, tuple(_problems(prepared.request, targets)))
@@ -298,54 +238,3 @@ def _split(split: SplitRows, looks: int = 0) -> Split:
     return Split(
         name=split.name, n=len(split.rows), source=split.source, sha256=split.sha256, role=split.role, dropped=split.dropped, looks=looks
     )
-
-
-def command_of(request: Request) -> str:
-    """The command that makes this record again; of absolute paths only the last part, since a record names no machine."""
-    words = ["onnxsqueeze", "run", _nameless(request.recipe)]
-    options: Mapping[str, object] = {
-        "--task": request.task,
-        "--model": _nameless(Path(request.model)) if request.model else None,
-        "--data-dir": _nameless(request.data_dir) if request.data_dir else None,
-        "--seed": request.seed,
-    }
-    for option, value in options.items():
-        if value is not None:
-            words += [option, str(value)]
-    for override in request.overrides:
-        words += ["--set", override]
-    return shlex.join([*words, *(["--fresh"] if request.fresh else [])])
-
-
-def _nameless(path: Path) -> str:
-    return path.as_posix() if not path.is_absolute() and ".." not in path.parts and not path.as_posix().startswith("~") else path.name
-
-
-def _check_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise UsageError(f"output folder {out}: cannot be written to: {error.strerror}", remedy="name another with --out DIR") from error
-
-
-def _publish(source: Path, folder: Path) -> None:
-    """Put a copy of a model folder at ``folder``, whole or not at all."""
-    if folder.is_dir() and folder_digest(folder) == folder_digest(source):
-        return
-    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        shutil.copytree(source, draft, dirs_exist_ok=True)
-        draft.chmod(0o755)
-        make_durable(draft)
-        if folder.exists():
-            shutil.rmtree(folder)
-        draft.rename(folder)
-    except OSError as error:
-        raise StoreError(
-            f"{folder}: cannot be written: {error.strerror}",
-            remedy="free some space or name another folder with --out; the finished models are in the store",
-        ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

@@ -6,7 +6,6 @@ versions of the tools that can change the bytes. So a dry run sees through stage
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,13 +15,16 @@ from onnxsqueeze import backends, environment
 from onnxsqueeze.artifact import Format
 from onnxsqueeze.errors import Fault, RecipeError
 from onnxsqueeze.models import Start
-from onnxsqueeze.nn.checkpoint import has_trained_head
+from onnxsqueeze.nn.checkpoint import has_trained_head, read_config
 from onnxsqueeze.recipe import MODEL, LoadedRecipe, Path_, Target, chain, teacher_of
 from onnxsqueeze.stage import Stage
 from onnxsqueeze.stages import Export, Finetune
 from onnxsqueeze.store import key_of
 from onnxsqueeze.tasks.open import Task
-from onnxsqueeze.tasks.rows import SplitRows
+from onnxsqueeze.tasks.rows import rows_sha256
+
+
+_ADDED: Path_ = ("targets",)  # where the faults of a baseline stand that the run adds
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def make_plan(loaded: LoadedRecipe, start: Start, task: Task, seed: int, threads
     branches = []
     for i, (target, added) in enumerate(targets):
         above, own = chain(recipe, target)
-        steps = (*shared[: len(above)], *planner.chain(shared[: len(above)], own, ("targets",) if added else ("targets", i, "stages")))
+        steps = (*shared[: len(above)], *planner.chain(shared[: len(above)], own, _ADDED if added else ("targets", i, "stages")))
         branches.append(Branch(target, backends.get(target.backend).name, steps, len(above), added))
     if planner.faults:
         raise RecipeError(planner.faults)
@@ -106,10 +108,11 @@ class _Planner:
             "metrics": info.metrics,
             "primary": info.primary,
             "max_length": info.max_length,
-            "train": rows_digest(task.train),
-            "selection": rows_digest(task.selection),
+            "train": rows_sha256(task.train.rows),
+            "selection": rows_sha256(task.selection.rows),
+            **({"positive": info.positive_index} if info.labels and info.positive_index != 1 else {}),
         }
-        self._machine = {"cpu": environment.cpu_model(), "instruction_set": environment.instruction_set(), "threads": threads}
+        self._machine = {**environment.processors(), "threads": threads}
 
     def chain(self, above: Sequence[Step], stages: Sequence[Stage], place: Path_) -> tuple[Step, ...]:
         """The steps of ``stages`` put after ``above``."""
@@ -132,13 +135,13 @@ class _Planner:
                 causes={},
                 skipped="the model has a trained head, so it is the teacher as it is (`force: true` trains it anyway)",
             )
-        if not finetuned and not self.trained and isinstance(stage, Export):
-            self.faults.append(
-                self.loaded.fault(
-                    place,
-                    f"the model {self.start.name!r} has no trained head to export; put {{kind: finetune}} above, or start from a trained classifier",
-                )
-            )
+        if not above and not self.trained and not isinstance(stage, Finetune) and not stage.needs_teacher:
+            self.faults.append(self._headless(stage, place))
+        config = read_config(self.start.artifact.path)
+        if not any(step.stage.kind == stage.kind for step in above):  # an earlier one may have changed what the next one finds
+            misfit = stage.misfit(config)
+            if misfit:
+                self.faults.append(self.loaded.fault(place, f"{stage.kind}: {misfit}"))
         teacher, has_teacher = self._teacher(above, stage, finetuned, place)
         causes: dict[str, Any] = {
             "kind": stage.kind,
@@ -156,6 +159,17 @@ class _Planner:
         if stage.machine_bound():
             causes["machine"] = self._machine
         return Step(stage, key_of(causes), parent, teacher, has_teacher, causes)
+
+    def _headless(self, stage: Stage, place: Path_) -> Fault:
+        if place == _ADDED:
+            return self.loaded.fault(
+                place,
+                "a backend without a baseline gets the teacher's export, but no shared stage makes a teacher; put {kind: finetune} into `stages:`",
+            )
+        return self.loaded.fault(
+            place,
+            f"{stage.kind}: the model {self.start.name!r} has no trained head; put {{kind: finetune}} above, or start from a trained classifier",
+        )
 
     def _teacher(self, above: Sequence[Step], stage: Stage, finetuned: Sequence[Step], place: Path_) -> tuple[Step | None, bool]:
         """(the step that made the teacher, whether there is one); the start as a teacher is (None, True)."""
@@ -176,14 +190,6 @@ class _Planner:
                 )
             )
         return None, False
-
-
-def rows_digest(split: SplitRows) -> str:
-    """The sha256 over the rows themselves: other rows of the same file, or in another order, are other data."""
-    total = hashlib.sha256()
-    for row in split.rows:
-        total.update(repr((row.text, row.text_pair, row.label)).encode())
-    return total.hexdigest()
 
 
 def _version(distribution: str) -> str | None:

@@ -22,6 +22,8 @@ from onnxsqueeze.tasks.settings import NAMES, TaskSettings
 MODEL = "model"  # what `after:` and `teacher:` call the checkpoint that the run starts from
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
+_FILES_OF_A_RUN = ("results.json", "report.md", "report.html")
+
 Path_ = tuple[str | int, ...]  # a place in the YAML: ("stages", 0, "epochs")
 
 
@@ -167,6 +169,8 @@ def _check_order(loaded: LoadedRecipe) -> Iterator[Fault]:
         if target.name in seen:
             yield loaded.fault((*place, "name"), f"{target.name!r} is the name of targets[{seen[target.name]}] too; give each its own")
         seen[target.name] = i
+        if target.name in _FILES_OF_A_RUN:
+            yield loaded.fault((*place, "name"), f"{target.name!r} is the name of a file that every run writes; name the target otherwise")
         try:
             backend = backends.get(target.backend).name
         except UsageError as error:
@@ -273,7 +277,11 @@ def _plain(node: yaml.Node, path: Path_, lines: dict[Path_, int], faults: list[F
     loader = yaml.SafeLoader("")
     try:
         return loader.construct_object(node, deep=True)
-    except ValueError:
+    except yaml.YAMLError as error:  # a tag of somebody's own
+        problem = getattr(error, "problem", None) or "cannot be read"
+        faults.append(Fault(file, node.start_mark.line + 1, _spell(path), f"{problem}; write a plain value"))
+        return None
+    except ValueError:  # a date that is none: its text, for the schema to judge
         return node.value
     finally:
         loader.dispose()

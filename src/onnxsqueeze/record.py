@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from onnxsqueeze import backends, environment, graph
 from onnxsqueeze.artifact import Artifact
-from onnxsqueeze.errors import MeasureError, SqueezeError, Unavailable
+from onnxsqueeze.errors import MeasureError, SqueezeError, Unavailable, without_paths
 from onnxsqueeze.measure.latency import Candidate, LatencyResult, measure_latency
 from onnxsqueeze.measure.metric import compare, evaluate, predict, quality
 from onnxsqueeze.measure.settings import MeasureSettings, Shape
@@ -24,7 +24,7 @@ from onnxsqueeze.recipe import Gates
 from onnxsqueeze.results import FileRecord, Gate, Latency, MetricDelta, StageRecord, Target, VsBaseline
 from onnxsqueeze.stage import Progress
 from onnxsqueeze.store import Store, key_of
-from onnxsqueeze.tasks.rows import SplitRows, TaskInfo
+from onnxsqueeze.tasks.rows import SplitRows, TaskInfo, rows_sha256
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,7 +119,7 @@ class Measurer:
                 logits[name] = self._logits(backend, one)
             except MeasureError as error:
                 failed[name] = error
-        timed = self._latency(backend, [one for one in ready if one.branch.target.name in logits])
+        timed = self._latency(backend, [one for one in ready if one.branch.target.name in logits], failed)
         base_name = self.baselines[backend]
         records: list[Target] = []
         base: Target | None = None
@@ -165,7 +165,8 @@ class Measurer:
         problem = one.problem or failed.get(name)
         if problem:
             status = "skipped" if isinstance(problem, Unavailable) else "failed"
-            return Target(status=status, reason=problem.message, remedy=problem.remedy, **facts)
+            remedy = without_paths(problem.remedy) if problem.remedy else None
+            return Target(status=status, reason=without_paths(problem.message), remedy=remedy, **facts)
         if absent:
             return Target(status="skipped", reason=absent[0], remedy=absent[1], **facts)
         metrics = {split.name: evaluate(self.info, logits[name][split.name], _labels(split)) for split in self.dev}
@@ -207,9 +208,8 @@ class Measurer:
         name, found = one.branch.target.name, {}
         for split in self.dev:
             causes = self._causes(backend, one.artifact, threads=self.settings.threads) | {
-                "split": split.sha256,
-                "name": split.name,
-                "n": len(split.rows),
+                "rows": rows_sha256(split.rows),
+                "tokenizers": environment.versions(("tokenizers",)),
                 "batch": self.settings.batch,
                 "max_length": self.info.max_length,
             }
@@ -230,37 +230,53 @@ class Measurer:
 
     # ── latency ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _latency(self, backend: str, ready: Sequence[Made]) -> dict[str, list[_Timed]]:
-        """Per target, the measured shapes in order. What the store lacks is measured together, beside the baseline."""
+    def _latency(self, backend: str, ready: Sequence[Made], failed: dict[str, SqueezeError]) -> dict[str, list[_Timed]]:
+        """Per target, the measured shapes in order. What the store lacks is measured together, beside the baseline.
+
+        A target that cannot be measured is put into ``failed``; the others go on without it.
+        """
         base_name = self.baselines[backend]
         by_name = {one.branch.target.name: one for one in ready}
         base = by_name.get(base_name)
         base_digest = base.artifact.digest if base and base.artifact else None
         timed: dict[str, list[_Timed]] = {name: [] for name in by_name}
-        for shape in (
-            Shape(batch=self.settings.batch, sequence=self.settings.sequence, threads=self.settings.threads),
-            *self.settings.shapes,
-        ):
-            causes = {name: self._latency_causes(backend, one, base_digest, shape) for name, one in by_name.items()}
+        for shape in (self.settings.shape, *self.settings.shapes):
+            causes = {name: self._latency_causes(backend, one, base_digest, shape) for name, one in by_name.items() if name not in failed}
             kept = {name: None if self.fresh else self.store.measurement("latency", cause) for name, cause in causes.items()}
             lacking = [name for name, content in kept.items() if content is None]
-            if lacking:
-                together = dict.fromkeys([*([base_name] if base else []), *lacking])
-                progress = self.teller.begin(
-                    f"latency on {backend}: batch {shape.batch}, {shape.sequence} tokens, {shape.threads} thread{'s' if shape.threads > 1 else ''}"
-                )
-                candidates = [Candidate(name, by_name[name].artifact.onnx, backend) for name in together]  # type: ignore[union-attr]  # `ready` have files
-                results = measure_latency(candidates, base_name if base else None, shape, self.settings, progress)
-                for name in lacking:
-                    kept[name] = _timed(results[name]).to_json()
-                    self.store.keep_measurement("latency", causes[name], kept[name] or b"")
-                self.teller.end(
-                    f"latency at batch {shape.batch}, {shape.sequence} tokens: "
-                    + ", ".join(f"{name} {results[name].latency.p50_ms:.2f} ms" for name in together)
-                )
+            for name, result in self._measured_together(backend, by_name, lacking, base_name, shape, failed).items():
+                kept[name] = _timed(result).to_json()
+                self.store.keep_measurement("latency", causes[name], kept[name] or b"")
             for name, content in kept.items():
-                timed[name].append(_Timed.from_json(content or b""))
+                if content is not None:
+                    timed[name].append(_Timed.from_json(content))
         return timed
+
+    def _measured_together(
+        self, backend: str, by_name: Mapping[str, Made], names: Sequence[str], base_name: str, shape: Shape, failed: dict[str, SqueezeError]
+    ) -> dict[str, LatencyResult]:
+        """The targets ``names`` in turns with the baseline; where that fails, each alone beside it, so that the culprit is known."""
+        if not names:
+            return {}
+        has_base = base_name in by_name and base_name not in failed
+        together = list(dict.fromkeys([*([base_name] if has_base else []), *names]))
+        candidates = [Candidate(name, one.artifact.onnx, backend) for name in together if (one := by_name[name]).artifact]
+        progress = self.teller.begin(f"latency on {backend}: {shape}")
+        try:
+            results = measure_latency(candidates, base_name if has_base else None, shape, self.settings, progress)
+        except MeasureError as error:
+            if len(names) == 1:
+                failed[names[0]] = error
+                self.teller.end(f"{names[0]}: failed: {error.message}")
+                return {}
+            alone: dict[str, LatencyResult] = {}
+            for name in names:
+                alone |= self._measured_together(backend, by_name, [name], base_name, shape, failed)
+            return alone
+        self.teller.end(
+            f"latency on {backend}, {shape}: " + ", ".join(f"{name} {results[name].latency.p50_ms:.2f} ms" for name in together)
+        )
+        return {name: results[name] for name in names}
 
     def _latency_causes(self, backend: str, one: Made, base_digest: str | None, shape: Shape) -> dict[str, Any]:
         assert one.artifact is not None  # noqa: S101  # callers pass targets that have a file
@@ -277,8 +293,7 @@ class Measurer:
             "model": artifact.digest,
             "backend": backend,
             "runtime": environment.versions(("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino")),
-            "cpu": environment.cpu_model(),
-            "instruction_set": environment.instruction_set(),
+            **environment.processors(),
             "threads": threads,
         }
 

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from onnxsqueeze.errors import DataError
 
@@ -211,5 +211,9 @@ def read_results(path: Path) -> Results:
         ) from error
     try:
         return Results.model_validate_json(text)
-    except ValueError as error:
-        raise DataError(f"{file}: is not a record of schema 1: {error}", remedy="write it again with `onnxsqueeze run`") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise DataError(
+            f"{file}: is not a record of schema 1: {place}: {first['msg']}", remedy="write it again with `onnxsqueeze run`"
+        ) from error

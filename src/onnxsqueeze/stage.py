@@ -91,6 +91,10 @@ class Stage(BaseModel):
         """Why this stage makes no sense for a backend ("cpu", "cuda", …), or None. Checked before anything runs."""
         return None
 
+    def misfit(self, config: Mapping[str, Any]) -> str | None:  # noqa: ARG002  # for those who override it
+        """Which setting the model below does not allow, or None; ``config`` is its config.json. Checked before anything runs."""
+        return None
+
     def unavailable(self) -> tuple[str, str] | None:
         """(reason, remedy) where something this stage needs is not installed, else None. Must not import it."""
         return None

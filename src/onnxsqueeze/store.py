@@ -20,6 +20,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -33,6 +34,10 @@ from onnxsqueeze.errors import SqueezeError, StoreError
 from onnxsqueeze.stage import Changed
 
 _NEARLY_FULL_BYTES = 1 << 20  # less than this free after a failed write: the disk is the cause, whatever the library said
+# How libraries without OSError's errno say it: safetensors and torch pass on the system's text, numpy counts what it wrote.
+_SAYS_FULL = re.compile(r"no space left|os error 28\b|quota exceeded|requested and \d+ written", re.IGNORECASE)
+_ATTEMPT_FILE = ".attempt.json"  # in a checkpoint folder: when the process that works there began, and the seconds before it
+_ABANDONED_S = 3600  # a temporary file this old belongs to no living process
 
 
 def key_of(causes: Mapping[str, Any]) -> str:
@@ -56,8 +61,9 @@ class Store:
         self.root = root
         self._tell = tell
         for name in ("artifacts", "drafts", "checkpoints", "measurements", "looks", "locks"):
-            with _disk(root, "create the store"):
+            with writing(root, "create the store"):
                 (root / name).mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(root / "measurements")
 
     @staticmethod
     def default_root() -> Path:
@@ -85,6 +91,9 @@ class Store:
                     self._tell(f"store: {key[:12]} does not have the content it was stored with; it is made anew")
                     shutil.rmtree(folder, ignore_errors=True)
             return None
+        if (self.root / "checkpoints" / key).exists():  # its process was killed between the rename and the end
+            with self._lock(key):
+                shutil.rmtree(self.root / "checkpoints" / key, ignore_errors=True)
         return Entry(
             Artifact(folder / "files", entry["format"], key, entry["digest"]),
             Changed(entry["changed"]["count"], entry["changed"]["what"], entry["changed"]["details"]),
@@ -108,13 +117,14 @@ class Store:
             checkpoint = self.root / "checkpoints" / key
             final = self.root / "artifacts" / key
             try:
-                with _disk(self.root, "write to the store"):
+                with writing(self.root, "write to the store"):
                     shutil.rmtree(draft, ignore_errors=True)
                     (draft / "files").mkdir(parents=True)
                     checkpoint.mkdir(parents=True, exist_ok=True)
+                    before = _begin_attempt(checkpoint)
                     start = time.perf_counter()
                     changed = build(draft / "files", checkpoint)
-                    seconds = round(time.perf_counter() - start, 3)
+                    seconds = round(before + time.perf_counter() - start, 3)
                     entry = {
                         "key": key,
                         "format": format_,
@@ -177,7 +187,7 @@ def exclusive(file: Path, *, waiting: Callable[[], None]) -> Iterator[None]:
     if file in _held:
         yield
         return
-    with _disk(file.parent, "lock"):
+    with writing(file.parent, "lock"):
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
@@ -194,7 +204,7 @@ def exclusive(file: Path, *, waiting: Callable[[], None]) -> Iterator[None]:
 
 def write_atomically(file: Path, content: bytes) -> None:
     """Write a whole file or nothing: a temporary neighbour, fsync, rename. Raises StoreError."""
-    with _disk(file.parent, "write"):
+    with writing(file.parent, "write"):
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, draft = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
         try:
@@ -209,6 +219,26 @@ def write_atomically(file: Path, content: bytes) -> None:
             raise
 
 
+def _begin_attempt(checkpoint: Path) -> float:
+    """Note that an attempt begins; the seconds that earlier, killed ones spent on what they saved."""
+    note = checkpoint / _ATTEMPT_FILE
+    before = 0.0
+    if note.is_file():
+        last = json.loads(note.read_text(encoding="utf-8"))
+        saved = [file.stat().st_mtime for file in checkpoint.iterdir() if file != note]
+        before = last["before_s"] + max(0.0, max(saved, default=0.0) - last["began"])
+    write_atomically(note, json.dumps({"before_s": before, "began": time.time()}).encode())
+    return float(before)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Delete temporary files that killed processes left."""
+    for file in folder.glob("*/.*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - file.stat().st_mtime > _ABANDONED_S:
+                file.unlink()
+
+
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -218,24 +248,25 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _disk(folder: Path, what: str) -> Iterator[None]:
-    """Turn a full or read-only disk into a message. Libraries report a full disk in their own ways: free space tells."""
+def writing(folder: Path, what: str) -> Iterator[None]:
+    """Turn a full or read-only disk below ``folder`` into a StoreError, whatever way the library that wrote has of saying so."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _full(folder, what) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise StoreError(
-                f"{folder}: cannot {what}: {error.strerror}",
-                remedy="name a folder that you may write to: ONNXSQUEEZE_STORE for the store, --out for the results",
-            ) from error
-        raise
-    except (SqueezeError, KeyboardInterrupt):
+    except SqueezeError:
         raise
     except Exception as error:
-        if _free_bytes(folder) < _NEARLY_FULL_BYTES:
+        code = error.errno if isinstance(error, OSError) else None
+        if (
+            code in (errno.ENOSPC, errno.EDQUOT)
+            or _SAYS_FULL.search(str(error))
+            or (code is None and _free_bytes(folder) < _NEARLY_FULL_BYTES)
+        ):
             raise _full(folder, what) from error
+        if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            raise StoreError(
+                f"{folder}: cannot {what}: {os.strerror(code)}",
+                remedy="name a folder that you may write to: ONNXSQUEEZE_STORE for the store, --out for the results",
+            ) from error
         raise
 
 

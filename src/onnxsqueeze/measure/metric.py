@@ -123,6 +123,6 @@ def _resampled(info: TaskInfo, metric: str, labels: Sequence[int | float], *mode
 
     if info.labels:
         return statistics.resampled_class_metric(
-            metric, np.asarray(labels, np.int64), tuple(m.argmax(axis=1) for m in models), info.outputs
+            metric, np.asarray(labels, np.int64), tuple(m.argmax(axis=1) for m in models), info.outputs, info.positive_index
         )
     return statistics.resampled_correlation(metric, np.asarray(labels, np.float64), tuple(m[:, 0].astype(np.float64) for m in models))

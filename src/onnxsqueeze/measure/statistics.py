@@ -71,13 +71,13 @@ def sign_p_value(deltas: Floats, differing: int) -> float:
     return float(min(1.0, max(2 * tail, 2 * 0.5**differing)))
 
 
-def resampled_class_metric(metric: str, labels: Ints, predictions: tuple[Ints, ...], classes: int) -> tuple[Floats, ...]:
-    """``metric`` ("accuracy", "f1", "matthews") of each model on the same `RESAMPLES` resamples: one [resamples] per model."""
+def resampled_class_metric(metric: str, labels: Ints, predictions: tuple[Ints, ...], classes: int, positive: int = 1) -> tuple[Floats, ...]:
+    """``metric`` ("accuracy", "f1" of class ``positive``, "matthews") of each model on the same `RESAMPLES` resamples: one [resamples] per model."""
     rows = np.stack([labels, *predictions])
     cells, counts = np.unique(rows, axis=1, return_counts=True)
     random = np.random.default_rng(SEED)
     drawn = random.multinomial(len(labels), counts / counts.sum(), size=RESAMPLES)
-    return tuple(_class_metric(metric, cells[0], cells[1 + i], drawn, classes) for i in range(len(predictions)))
+    return tuple(_class_metric(metric, cells[0], cells[1 + i], drawn, classes, positive) for i in range(len(predictions)))
 
 
 def resampled_correlation(metric: str, labels: Floats, scores: tuple[Floats, ...]) -> tuple[Floats, ...]:
@@ -108,7 +108,7 @@ def nearest_rank(values: Floats, percent: int) -> float:
     return float(np.sort(values)[max(0, math.ceil(percent * len(values) / 100) - 1)])
 
 
-def _class_metric(metric: str, labels: Ints, predicted: Ints, drawn: Ints, classes: int) -> Floats:
+def _class_metric(metric: str, labels: Ints, predicted: Ints, drawn: Ints, classes: int, positive: int = 1) -> Floats:
     """The metric per resample from cell counts: ``drawn[resamples, cells]``, cell j has ``labels[j]`` and ``predicted[j]``."""
     n: Floats = drawn.sum(axis=1).astype(np.float64)
     hits: Floats = drawn[:, labels == predicted].sum(axis=1).astype(np.float64)
@@ -116,9 +116,9 @@ def _class_metric(metric: str, labels: Ints, predicted: Ints, drawn: Ints, class
         return hits / n
     true = np.stack([drawn[:, labels == c].sum(axis=1) for c in range(classes)], axis=1).astype(np.float64)
     said = np.stack([drawn[:, predicted == c].sum(axis=1) for c in range(classes)], axis=1).astype(np.float64)
-    if metric == "f1":  # of class 1
-        both = drawn[:, (labels == 1) & (predicted == 1)].sum(axis=1).astype(np.float64)
-        return _safe_ratio(2 * both, true[:, 1] + said[:, 1])
+    if metric == "f1":
+        both = drawn[:, (labels == positive) & (predicted == positive)].sum(axis=1).astype(np.float64)
+        return _safe_ratio(2 * both, true[:, positive] + said[:, positive])
     if metric == "matthews":  # Source: Gorodkin 2004, the form for any number of classes
         bottom = np.sqrt((n**2 - (said**2).sum(axis=1)) * (n**2 - (true**2).sum(axis=1)))
         return _safe_ratio(hits * n - (true * said).sum(axis=1), bottom)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 PICKLE_FILE = "pytorch_model.bin"
+_PURPOSE = re.compile(r"For[A-Z]\w*$")  # in the name of one of transformers' classes: BertForTokenClassification
+_UNSTATED_OUTPUTS = 2  # what transformers builds where config.json says nothing. Source: transformers.PretrainedConfig, num_labels
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -43,21 +46,33 @@ def read_config(folder: Path) -> dict[str, Any]:
 def has_trained_head(folder: Path) -> bool:
     """Whether the folder holds a trained classification head: a teacher as it is. Reads config.json and the weights' names, never torch.
 
-    A pickled checkpoint's names cannot be read without running torch, so there ``architectures`` decides.
+    A head for another purpose (token classification, question answering, …; ``architectures`` names it) is none, whatever its weights
+    are called. A pickled checkpoint's names cannot be read without running torch, so there ``architectures`` alone decides.
     """
     config = read_config(folder)
     family = family_of(config["model_type"])
+    classes = [str(name) for name in config.get("architectures") or []]
+    purposes = [purpose for name in classes if (purpose := _PURPOSE.search(name))]
+    if purposes and not any(purpose[0] == "ForSequenceClassification" for purpose in purposes):
+        _require_weights(folder)
+        return False
     if (folder / WEIGHTS_FILE).is_file():
         names = _weight_names(folder)
         return all(f"{module}.weight" in names for module in family.head)
     _require_weights(folder)
-    return f"{family.classes}ForSequenceClassification" in (config.get("architectures") or [])
+    return f"{family.classes}ForSequenceClassification" in classes
 
 
 def id2label(folder: Path) -> dict[int, str]:
-    """Index → name of the folder's outputs, as its config.json gives them; empty where nobody named them."""
-    names = read_config(folder).get("id2label") or {}
-    return {int(index): str(name) for index, name in names.items()}
+    """Index → name of the folder's outputs, as its config.json gives them; empty where it gives none and there is no trained head.
+
+    transformers leaves names out that are its own (LABEL_0, LABEL_1, …): a trained head's are filled in here. Never loads torch.
+    """
+    config = read_config(folder)
+    names = config.get("id2label") or {}
+    if names or not has_trained_head(folder):
+        return {int(index): str(name) for index, name in names.items()}
+    return {i: f"LABEL_{i}" for i in range(_outputs(folder, config))}
 
 
 def load(
@@ -192,6 +207,19 @@ def _weight_names(folder: Path) -> frozenset[str]:
             return frozenset(weights.keys())
     except SafetensorError as error:
         raise ModelError(f"{file}: is damaged or cut short: {error}", remedy="download or save the model again") from error
+
+
+def _outputs(folder: Path, config: Mapping[str, Any]) -> int:
+    """How many outputs a trained head has whose classes config.json does not name."""
+    from safetensors import safe_open
+
+    stated = config.get("num_labels")
+    if isinstance(stated, int):
+        return stated
+    if not (folder / WEIGHTS_FILE).is_file():
+        return _UNSTATED_OUTPUTS  # a pickled file's shapes cannot be read without running torch
+    with safe_open(folder / WEIGHTS_FILE, framework="np") as file:
+        return int(file.get_slice(f"{family_of(config['model_type']).head[-1]}.weight").get_shape()[0])
 
 
 def _require_head(folder: Path, task: TaskInfo) -> None:

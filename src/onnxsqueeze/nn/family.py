@@ -5,6 +5,7 @@ A new architecture of the BERT kind is one more instance here; tests/test_nn_fam
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -39,8 +40,9 @@ class Family:
         return ("input_ids", "attention_mask", "token_type_ids") if self.token_types else ("input_ids", "attention_mask")
 
     def max_tokens(self, config: Any) -> int:
-        """The longest input, special tokens included, that has positions."""
-        return int(config.max_position_embeddings) - self.position_offset
+        """The longest input, special tokens included, that has positions. ``config``: config.json's mapping, or transformers' object."""
+        positions = config["max_position_embeddings"] if isinstance(config, Mapping) else config.max_position_embeddings
+        return int(positions) - self.position_offset
 
 
 _BERT_ATTENTION = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")

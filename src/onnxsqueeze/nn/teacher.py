@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tokenize
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ from onnxsqueeze.errors import StageError
 from onnxsqueeze.nn import batches, checkpoint, training
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
     from onnxsqueeze.nn.family import Family
@@ -37,16 +40,22 @@ def load(teacher: Path, parent: Path, context: Context, *, eager_attention: bool
 
 
 def logits(model: PreTrainedModel, family: Family, examples: batches.Examples, precision: Precision, context: Context) -> torch.Tensor:
-    """The teacher's logits ``[rows, outputs]`` on all training rows, computed once and kept in ``context.checkpoint``."""
+    """The teacher's logits ``[rows, outputs]`` on all training rows, computed once and kept in ``context.checkpoint``.
+
+    A kept file that cannot be read is made again, and the progress says so.
+    """
     file = context.checkpoint / _LOGITS_FILE
-    if not file.is_file():
+    known = file.is_file()
+    kept = _read(file) if known else None
+    if kept is None:
+        note = "the teacher's logits, anew: the saved ones could not be read" if known else "the teacher's logits"
         torch.set_num_threads(context.threads)
         found = training.predict(
             model,
             family,
             examples,
             precision=training.effective_precision(precision),
-            progress=lambda done, total: context.progress(done, total, "the teacher's logits"),
+            progress=lambda done, total: context.progress(done, total, note),
         )
         draft = file.with_suffix(".draft")
         with draft.open("wb") as handle:
@@ -54,4 +63,14 @@ def logits(model: PreTrainedModel, family: Family, examples: batches.Examples, p
             handle.flush()
             os.fsync(handle.fileno())
         draft.replace(file)
-    return torch.from_numpy(np.load(file, allow_pickle=False)).to(training.device())
+        kept = found
+    return torch.from_numpy(kept).to(training.device())
+
+
+def _read(file: Path) -> NDArray[np.float32] | None:
+    """The kept logits; None where the file is cut short or is something else."""
+    try:
+        found: NDArray[np.float32] = np.load(file, allow_pickle=False)
+    except (EOFError, ValueError, tokenize.TokenError, zipfile.BadZipFile):  # what np.load raises for these
+        return None
+    return found

@@ -10,6 +10,8 @@ import math
 import os
 import pickle
 import time
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from onnxsqueeze.errors import StageError
+from onnxsqueeze.errors import MeasureError, StageError
 from onnxsqueeze.nn.batches import Examples, by_length, epoch_order
 from onnxsqueeze.nn.family import Family
 from onnxsqueeze.nn.precision import Precision, effective
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 _CLIP = 1.0  # largest norm of all gradients together; Devlin et al. 2019's code
 _EVALUATION_BATCH = 64
 _STATE_FILE = "training.pt"
+# What zipfile and torch.load raise for files cut short, zeroed, overwritten or of something else; found by
+# damaging real ones thousands of times. The check sums come first, so torch never sees what it would read as wrong numbers.
+_UNREADABLE = (OSError, EOFError, LookupError, ValueError, RuntimeError, zlib.error, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -46,18 +51,20 @@ class Batch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training did: one entry an epoch, the epoch that was kept, and where it took up again."""
+    """What training did: one entry an epoch, the epoch that was kept, where it took up again, and why it started anew instead."""
 
     history: tuple[dict[str, Any], ...]
     best_epoch: int
     precision: Literal["fp32", "bf16"]
     device: str
     resumed_at_epoch: int | None
+    restarted: str | None = None
 
     def details(self) -> dict[str, Any]:
         """For the record."""
         found = {"history": list(self.history), "best_epoch": self.best_epoch, "precision": self.precision, "device": self.device}
-        return found if self.resumed_at_epoch is None else {**found, "resumed_at_epoch": self.resumed_at_epoch}
+        again = {"resumed_at_epoch": self.resumed_at_epoch, "restarted": self.restarted}
+        return found | {name: value for name, value in again.items() if value is not None}
 
 
 def device() -> torch.device:
@@ -121,9 +128,9 @@ def train(
 
     ``companion`` is trained and checkpointed beside the model and not part of the result (projections, masks). ``after_step`` gets the
     number of finished steps. Epochs count from 1; those before ``first_epoch_to_keep`` are never kept. Ties go to the earlier epoch.
-    Resumes at the last finished epoch found in ``context.checkpoint``.
+    Resumes at the last finished epoch found in ``context.checkpoint``; a saved state that cannot be read is deleted and training starts anew.
 
-    Raises StageError when the loss is no longer finite or the saved state cannot be read.
+    Raises StageError when the loss is no longer finite, or when no epoch that may be kept has a score.
     """
     torch.set_num_threads(context.threads)
     format_ = effective_precision(settings.precision)
@@ -137,7 +144,13 @@ def train(
     labels = torch.tensor(examples.labels, device=device())
 
     state_file = context.checkpoint / _STATE_FILE
-    state = _State.read(state_file) if state_file.is_file() else _State()
+    state, restarted = _State(), None
+    if state_file.is_file():
+        try:
+            state = _State.read(state_file)
+        except _UNREADABLE:
+            state_file.unlink()
+            restarted = "the saved state could not be read"
     state.restore(model, companion, optimizer)
     resumed_at = state.epoch + 1 if 0 < state.epoch < settings.epochs else None
 
@@ -169,12 +182,12 @@ def train(
                 summed += number * len(rows)
                 seen += len(rows)
                 context.progress(step + 1, total, f"epoch {epoch}/{settings.epochs}, loss {summed / seen:.3g}")
-            score = context.select(predict(model, family, selection))
+            score = _score(context, predict(model, family, selection))
             state.add(
                 {
                     "epoch": epoch,
                     "loss": summed / len(examples),
-                    "score": score if math.isfinite(score) else None,
+                    "score": score,
                     "seconds": time.perf_counter() - started,
                 },
                 model,
@@ -182,9 +195,16 @@ def train(
             )
             state.write(state_file, model, companion, optimizer)
 
+    if state.history[state.best_epoch - 1]["score"] is None:
+        state_file.unlink()  # or it would be found, and fail, again
+        raise StageError(
+            f"{settings.name}: none of the epochs {first_epoch_to_keep} to {settings.epochs} has a score on the selection rows:"
+            " the logits, or the metric, are not finite",
+            remedy="lower learning_rate, raise warmup, or set precision: fp32",
+        )
     model.load_state_dict(state.best)
     model.to("cpu").eval()
-    return Outcome(tuple(state.history), state.best_epoch, format_, device().type, resumed_at)
+    return Outcome(tuple(state.history), state.best_epoch, format_, device().type, resumed_at, restarted)
 
 
 def rate(step: int, total: int, warmup: float) -> float:
@@ -207,12 +227,11 @@ class _State:
 
     @classmethod
     def read(cls, file: Path) -> _State:
-        try:
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            raise StageError(
-                f"{file}: the saved training state cannot be read: {error}", remedy="delete this file; the stage then starts anew"
-            ) from error
+        """The state in ``file``. Raises one of `_UNREADABLE` where it is damaged, also where torch alone would read wrong numbers from it."""
+        with zipfile.ZipFile(file) as entries:
+            if entries.testzip() is not None:
+                raise zipfile.BadZipFile
+        saved = torch.load(file, map_location="cpu", weights_only=True)
         state = cls()
         state._saved = saved
         state.epoch, state.history, state.best_epoch = saved["epoch"], saved["history"], saved["best_epoch"]
@@ -255,6 +274,17 @@ class _State:
             handle.flush()
             os.fsync(handle.fileno())
         draft.replace(file)
+
+
+def _score(context: Context, logits: NDArray[np.float32]) -> float | None:
+    """The logits' score on the selection rows; None where they, or the metric, are not finite."""
+    try:
+        score = context.select(logits)
+    except MeasureError:
+        if np.isfinite(logits).all():
+            raise
+        return None
+    return score if math.isfinite(score) else None
 
 
 def _inputs(family: Family, examples: Examples, rows: list[int]) -> dict[str, Tensor]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from onnxsqueeze.artifact import Artifact
 from onnxsqueeze.errors import StageError
+from onnxsqueeze.nn.family import family_of
 from onnxsqueeze.nn.settings import TrainingSettings
 from onnxsqueeze.stage import Changed, Context
 
@@ -39,6 +41,11 @@ class Distill(TrainingSettings):
         if self.alpha_task == self.alpha_logits == self.alpha_hidden == self.alpha_attention == 0:
             raise ValueError("one of alpha_task, alpha_logits, alpha_hidden and alpha_attention must be above 0")
         return self
+
+    def misfit(self, config: Mapping[str, Any]) -> str | None:
+        """``layers``, where the model has not that many; None too where config.json leaves their number to transformers' defaults."""
+        available = config.get(family_of(config["model_type"]).layers_field)
+        return _unfit_layers(self.layers, available) if isinstance(available, int) else None
 
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:
         """Write the best epoch's student; counts the tensors that differ from the parent's or are gone."""
@@ -119,15 +126,20 @@ def chosen_layers(wanted: int | tuple[int, ...], available: int, name: str) -> t
 
     Raises StageError where the model has not enough layers, or an index is out of range or out of order.
     """
+    if (unfit := _unfit_layers(wanted, available)) is not None:
+        raise StageError(f"{name}: {unfit}", remedy="keep fewer layers, or name each one to keep once")
     if isinstance(wanted, int):
-        if not 1 <= wanted <= available:
-            raise StageError(f"{name}: layers: must be from 1 to {available}, the model's layers, got {wanted}", remedy="keep fewer layers")
         return tuple(-(-(i + 1) * available // wanted) - 1 for i in range(wanted))
-    if not wanted or any(not 0 <= i < available for i in wanted) or list(wanted) != sorted(set(wanted)):
-        raise StageError(
-            f"{name}: layers: must be rising indices from 0 to {available - 1}, got {list(wanted)}", remedy="name each layer to keep once"
-        )
     return wanted
+
+
+def _unfit_layers(wanted: int | tuple[int, ...], available: int) -> str | None:
+    if isinstance(wanted, int):
+        fits, rule = 1 <= wanted <= available, f"from 1 to {available}, the model's layers"
+    else:
+        fits = bool(wanted) and list(wanted) == sorted(set(wanted)) and wanted[0] >= 0 and wanted[-1] < available
+        rule = f"rising indices from 0 to {available - 1}, the model's last layer"
+    return None if fits else f"layers: must be {rule}, got {wanted if isinstance(wanted, int) else list(wanted)}"
 
 
 def teaching_layers(kept: tuple[int, ...], parent: int, teacher: int) -> tuple[int, ...]:

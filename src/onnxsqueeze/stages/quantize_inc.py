@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from onnxsqueeze import graph
 from onnxsqueeze.artifact import Artifact, copy_side_files
-from onnxsqueeze.errors import StageError
+from onnxsqueeze.errors import StageError, without_paths
 from onnxsqueeze.stage import Changed, Context, Stage, State
 from onnxsqueeze.stages import calibration
 from onnxsqueeze.stages.chatter import captured
@@ -65,17 +69,21 @@ class QuantizeInc(Stage):
         return None
 
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:  # noqa: ARG002, the contract's arguments
-        """Write ``out/model.onnx``; raises StageError with neural-compressor's last lines where it gives up or changes nothing."""
+        """Write ``out/model.onnx``; raises StageError with neural-compressor's last lines where it gives up or changes nothing.
+
+        Raises KeyboardInterrupt where the process was interrupted, which neural-compressor would take for the end of its search.
+        """
         os.environ.setdefault("LOGLEVEL", "ERROR")  # read by neural-compressor when it is first imported
         with captured() as lines, tempfile.TemporaryDirectory(dir=out) as scratch:
             before = {name: os.environ.get(name) for name in _TOUCHED}
             try:
-                model = self._fit(parent.onnx, context, Path(scratch))
+                with _interruptible():
+                    model = self._fit(parent.onnx, context, Path(scratch))
             finally:
                 for name, value in before.items():
                     os.environ.pop(name, None) if value is None else os.environ.update({name: value})
         if model is None:  # fit swallows its errors
-            tail = "\n    ".join(lines[-_LINES_SHOWN:])
+            tail = without_paths("\n    ".join(lines[-_LINES_SHOWN:]))
             raise StageError(
                 f"{self.name}: neural-compressor gave no model. Its last lines:\n    {tail}", remedy="try quantize-dynamic on this model"
             )
@@ -103,6 +111,32 @@ class QuantizeInc(Stage):
         rows = _Loader(model, context, self.samples) if self.approach == "static" else None
         fitted: Any = quantization.fit(str(model), config, calib_dataloader=rows)
         return None if fitted is None else fitted.model
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise KeyboardInterrupt at the end of the block at the latest, where the process was interrupted inside it.
+
+    Only the main thread receives signals; where SIGINT is ignored, or not Python's to handle, it stays so.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    interrupted = False
+
+    def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001, a handler's arguments
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if interrupted:
+            raise KeyboardInterrupt
 
 
 def _requantize_tables(model: onnx.ModelProto, original: onnx.ModelProto) -> None:

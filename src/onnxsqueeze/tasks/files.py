@@ -44,9 +44,10 @@ class OwnFiles:
                 )
 
     def info(self) -> TaskInfo:
-        """Name (the training file's), classes and metrics. Raises DataError where the classes do not fit the metric."""
+        """Name (the training file's), classes and metrics; f1 is of the second class. Raises DataError where classes and metric do not fit."""
         metrics = self.settings.metric
-        return TaskInfo(self.train_file.stem, self._labels, metrics, metrics[0], self.settings.max_length)
+        positive = self._labels[1] if "f1" in metrics else None
+        return TaskInfo(self.train_file.stem, self._labels, metrics, metrics[0], self.settings.max_length, positive=positive)
 
     def train(self) -> SplitRows:
         """Every training row. Raises DataError."""

@@ -40,10 +40,11 @@ class Glue:
     dev: tuple[tuple[str, str], ...] = (("validation", "dev.tsv"),)  # (split, file)
     width: int | None = None  # fields a line, where there is no header
     hub: tuple[str, str | None] = ("sentence1", "sentence2")
+    positive: str | None = None  # the class that f1 is of
 
     def info(self, max_length: int, note: str = "") -> TaskInfo:
         """What stages and measurements are told."""
-        return TaskInfo(self.name, self.labels, self.metrics, self.metrics[0], max_length, note=note)
+        return TaskInfo(self.name, self.labels, self.metrics, self.metrics[0], max_length, note=note, positive=self.positive)
 
 
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -62,7 +63,15 @@ SPECS: Mapping[str, Glue] = {
             width=4,
             hub=("sentence", None),
         ),
-        Glue("mrpc", "MRPC", ("#1 String", "#2 String", "Quality"), ("not_equivalent", "equivalent"), ("0", "1"), ("accuracy", "f1")),
+        Glue(
+            "mrpc",
+            "MRPC",
+            ("#1 String", "#2 String", "Quality"),
+            ("not_equivalent", "equivalent"),
+            ("0", "1"),
+            ("accuracy", "f1"),
+            positive="equivalent",
+        ),
         Glue("stsb", "STS-B", (*_PAIR, "score"), (), (), ("spearman", "pearson")),
         Glue(
             "qqp",
@@ -72,6 +81,7 @@ SPECS: Mapping[str, Glue] = {
             ("0", "1"),
             ("accuracy", "f1"),
             hub=("question1", "question2"),
+            positive="duplicate",
         ),
         Glue(
             "mnli",

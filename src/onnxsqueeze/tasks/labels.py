@@ -9,6 +9,8 @@ from dataclasses import replace
 from onnxsqueeze.errors import DataError
 from onnxsqueeze.tasks.rows import SplitRows, TaskInfo
 
+_NEW_HEAD = "set force: true on the finetune stage, which trains a new head"
+
 
 def labels_in_model_order(info: TaskInfo, id2label: Mapping[int, str], *, stated: bool = False) -> tuple[str, ...]:
     """The task's class names in the order of the model's outputs; () for a score.
@@ -21,7 +23,7 @@ def labels_in_model_order(info: TaskInfo, id2label: Mapping[int, str], *, stated
         if len(model) != 1:
             raise DataError(
                 f"task {info.name}: its label is a score (one output), but the model has {len(model)}: {_shown(model)}",
-                remedy="take a model trained on scores, or one without a trained head",
+                remedy=f"take a model trained on scores, or {_NEW_HEAD}",
             )
         return ()
     ordered = _match(info.labels, model)
@@ -31,7 +33,7 @@ def labels_in_model_order(info: TaskInfo, id2label: Mapping[int, str], *, stated
         raise DataError(
             f"task {info.name}: the task has {len(info.labels)} classes ({_shown(info.labels)}), but the model has {len(model)}"
             f" ({_shown(model)})",
-            remedy="take a model trained on these classes, or one without a trained head",
+            remedy=f"take a model trained on these classes, or {_NEW_HEAD}",
         )
     if stated:
         return info.labels
@@ -40,7 +42,7 @@ def labels_in_model_order(info: TaskInfo, id2label: Mapping[int, str], *, stated
         f" the model's are {_shown(model)}",
         remedy="name the task's classes in the order of the model's outputs (task: {labels: ["
         + ", ".join(info.labels)
-        + "]} if it is this one), or set id2label in the model's config.json",
+        + f"]}} if it is this one), set id2label in the model's config.json, or {_NEW_HEAD}",
     )
 
 

@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 def scores(info: TaskInfo, logits: NDArray[np.float32], labels: Sequence[int | float] | NDArray[Any]) -> dict[str, float]:
     """Every metric of the task, in its order, as fractions (correlations as they are).
 
-    ``logits[n, outputs]`` in the rows' order; the class is the largest logit (the first of equals). f1 is that of class 1.
-    Matthews of one predicted class, a correlation of constant values and f1 without any class 1 are 0.0.
+    ``logits[n, outputs]`` in the rows' order; the class is the largest logit (the first of equals). f1 is that of
+    ``info.positive``. Matthews of one predicted class, a correlation of constant values and f1 of a class that is nowhere are 0.0.
     Raises MeasureError where the shape does not fit or a logit is not finite.
     Source: sklearn.metrics.f1_score and matthews_corrcoef; scipy.stats.pearsonr and spearmanr.
     """
-    return {metric: _score(metric, *_checked(info, logits, labels)) for metric in info.metrics}
+    return {metric: _score(info, metric, *_checked(info, logits, labels)) for metric in info.metrics}
 
 
 def primary(info: TaskInfo, logits: NDArray[np.float32], labels: Sequence[int | float] | NDArray[Any]) -> float:
     """The one metric that decides; see `scores`."""
-    return _score(info.primary, *_checked(info, logits, labels))
+    return _score(info, info.primary, *_checked(info, logits, labels))
 
 
 def _checked(
@@ -49,7 +49,7 @@ def _checked(
     return truth, logits[:, 0].astype(np.float64) if info.kind == "regression" else logits.argmax(axis=1)
 
 
-def _score(metric: str, truth: NDArray[Any], prediction: NDArray[Any]) -> float:
+def _score(info: TaskInfo, metric: str, truth: NDArray[Any], prediction: NDArray[Any]) -> float:
     if metric == "accuracy":
         return float((truth == prediction).mean())
     if metric in ("f1", "matthews"):
@@ -57,9 +57,9 @@ def _score(metric: str, truth: NDArray[Any], prediction: NDArray[Any]) -> float:
 
         if metric == "matthews" and (truth.min() == truth.max() or prediction.min() == prediction.max()):
             return 0.0
-        return float(
-            f1_score(truth, prediction, pos_label=1, zero_division=0.0) if metric == "f1" else matthews_corrcoef(truth, prediction)
-        )
+        if metric == "matthews":
+            return float(matthews_corrcoef(truth, prediction))
+        return float(f1_score(truth, prediction, pos_label=info.positive_index, zero_division=0.0))
     if metric in ("pearson", "spearman"):
         from scipy.stats import pearsonr, spearmanr
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +23,7 @@ class TaskInfo:
 
     ``labels`` are the class names by index; empty for regression (one output, a score).
     ``metrics`` are all that are reported; ``primary`` is the one that decides. ``max_length`` is in tokens.
+    ``positive`` is the class that f1 is of, by name: its index follows the order of ``labels``, which a trained model may turn.
     """
 
     name: str
@@ -33,6 +33,7 @@ class TaskInfo:
     max_length: int = 128
     generated: bool = False
     note: str = ""
+    positive: str | None = None
 
     @property
     def kind(self) -> Literal["classification", "regression"]:
@@ -43,6 +44,11 @@ class TaskInfo:
     def outputs(self) -> int:
         """Width of the logits: one per class, or one."""
         return len(self.labels) or 1
+
+    @property
+    def positive_index(self) -> int:
+        """Index of the class that f1 is of; 1 where ``positive`` names none."""
+        return 1 if self.positive is None else self.labels.index(self.positive)
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,8 @@ class SplitRows:
 
 
 def rows_sha256(rows: Sequence[Row]) -> str:
-    """The sha256 of rows that lie in no file: one JSON array [text, text_pair, label] a line, UTF-8."""
+    """The sha256 over the rows themselves, in their order: other rows of the same file are other data."""
     total = hashlib.sha256()
     for row in rows:
-        total.update(json.dumps([row.text, row.text_pair, row.label], ensure_ascii=False).encode() + b"\n")
+        total.update(repr((row.text, row.text_pair, row.label)).encode())
     return total.hexdigest()

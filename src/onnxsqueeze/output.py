@@ -1,0 +1,63 @@
+"""The folder that a run leaves: a folder per target, whole or absent, and nothing of runs before that is no longer true."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from onnxsqueeze.artifact import folder_digest, folder_files, make_durable
+from onnxsqueeze.errors import UsageError
+from onnxsqueeze.results import RESULTS_FILE
+from onnxsqueeze.store import writing
+
+
+def check_writable(out: Path) -> None:
+    """Make ``out`` and write to it once. Raises UsageError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UsageError(f"output folder {out}: cannot be written to: {error.strerror}", remedy="name another with --out DIR") from error
+
+
+def publish(source: Path, folder: Path) -> None:
+    """Put a copy of a model folder at ``folder``, whole or not at all. Raises StoreError where the disk is full or read-only."""
+    if folder.is_dir() and folder_digest(folder) == folder_digest(source):
+        return
+    with writing(folder.parent, f"write {folder.name}"):
+        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        try:
+            draft.chmod(0o755)
+            for file in folder_files(source):
+                copy = draft / file.relative_to(source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
+            make_durable(draft)
+            if folder.exists():
+                shutil.rmtree(folder)
+            draft.rename(folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def remove_stale(out: Path, keep: Iterable[str]) -> None:
+    """Delete target folders of the record that lies here, except ``keep``, and what killed runs left half-written.
+
+    Only under the lock of ``out``: no other run is writing here.
+    """
+    try:
+        old = [str(target["name"]) for target in json.loads((out / RESULTS_FILE).read_text(encoding="utf-8"))["targets"]]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        old = []
+    kept = set(keep)
+    with writing(out, "remove what an earlier run left"):
+        for name in set(old) - kept:
+            if (out / name / "model.onnx").is_file():
+                shutil.rmtree(out / name)
+        for name in {*old, *kept, RESULTS_FILE, "report.md", "report.html"}:
+            for left in out.glob(f".{name}-*"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
