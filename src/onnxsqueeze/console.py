@@ -83,3 +83,4 @@ class Watcher:
     def _clear(self) -> None:
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
+        self._bar.refresh()  # or the next line would be printed above the old bar

@@ -153,10 +153,13 @@ class _Maker:
             problem = error
             self.watcher.end(f"{branch.target.name}: {'skipped' if isinstance(error, Unavailable) else 'failed'}: {error.message}")
         artifact = None if problem else self.artifact(branch.steps[-1])
-        return Made(branch, artifact, tuple(self.record(step) for step in branch.steps if step.skipped or step.key in self.done), problem)
+        return Made(branch, artifact, self.records(branch.steps), problem)
 
-    def record(self, step: Step) -> StageRecord:
-        """What results.json says of a step."""
+    def records(self, steps: Sequence[Step]) -> tuple[StageRecord, ...]:
+        """What results.json says of those steps that were made, found or skipped."""
+        return tuple(self._record(step) for step in steps if step.skipped or step.key in self.done)
+
+    def _record(self, step: Step) -> StageRecord:
         if step.skipped:
             return StageRecord(id=step.stage.name, kind=step.stage.kind, seconds=0.0, changed={}, skipped=step.skipped)
         entry, reused = self.done[step.key]
@@ -193,7 +196,7 @@ def _measure(prepared: Prepared, store: Store, watcher: Watcher, maker: _Maker, 
             note=task.info.note,
         ),
         environment=environment.describe(backends.started_providers()),
-        stages=tuple(maker.record(step) for step in prepared.plan.shared),
+        stages=maker.records(prepared.plan.shared),
         targets=tuple(targets),
         date=datetime.now(UTC).date().isoformat(),
         threads=prepared.threads,

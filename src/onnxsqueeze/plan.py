@@ -23,7 +23,6 @@ from onnxsqueeze.store import key_of
 from onnxsqueeze.tasks.open import Task
 from onnxsqueeze.tasks.rows import rows_sha256
 
-
 _ADDED: Path_ = ("targets",)  # where the faults of a baseline stand that the run adds
 
 
@@ -88,6 +87,8 @@ def make_plan(loaded: LoadedRecipe, start: Start, task: Task, seed: int, threads
             )
     branches = []
     for i, (target, added) in enumerate(targets):
+        if added and planner.faults:
+            break  # the user's own targets have them too
         above, own = chain(recipe, target)
         steps = (*shared[: len(above)], *planner.chain(shared[: len(above)], own, _ADDED if added else ("targets", i, "stages")))
         branches.append(Branch(target, backends.get(target.backend).name, steps, len(above), added))
@@ -161,7 +162,7 @@ class _Planner:
         return Step(stage, key_of(causes), parent, teacher, has_teacher, causes)
 
     def _headless(self, stage: Stage, place: Path_) -> Fault:
-        if place == _ADDED:
+        if "stages" not in place:  # a baseline that the run adds
             return self.loaded.fault(
                 place,
                 "a backend without a baseline gets the teacher's export, but no shared stage makes a teacher; put {kind: finetune} into `stages:`",
