@@ -68,9 +68,7 @@ def test_stages_in_an_impossible_order(tmp_path: Path) -> None:
 
 def test_an_export_of_a_model_without_a_head(tmp_path: Path, model: Path) -> None:
     (tmp_path / "a.yaml").write_text("schema: 1\nname: a\ntask: toy\ntargets: [{name: x, stages: [{kind: export}]}]\n")
-    complain(
-        command("run", "a.yaml", "--model", model, cwd=tmp_path), 2, "a.yaml:4", "has no trained head; put {kind: finetune} above"
-    )
+    complain(command("run", "a.yaml", "--model", model, cwd=tmp_path), 2, "a.yaml:4", "has no trained head; put {kind: finetune} above")
 
 
 @pytest.mark.parametrize(
