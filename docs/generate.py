@@ -57,7 +57,7 @@ def _measured() -> str:
     """The CPU targets of one record as a Markdown table, with the command that made it."""
     results = read_results(_SHOWN)
     primary, split = results.task.primary, results.task.splits[0]
-    head = f"{results.model.split('/')[-1]} on {split.source} ({split.n} rows), {results.environment.cpu} ({results.environment.instruction_set}), batch 1, 128 tokens, 1 thread:\n\n"
+    head = f"{results.model.split('/')[-1]} on {split.source} ({split.n} rows), {results.environment.cpu} ({results.environment.instruction_set}), batch 1, 128 tokens, 1 thread ([the whole report](reports/qdp-sst2/report.md)):\n\n"
     lines = [
         f"| target | MB | smaller | p50 | faster (95 %) | {primary}, % | change, points (95 %) |",
         "| --- | --- | --- | --- | --- | --- | --- |",
