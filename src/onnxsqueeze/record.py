@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pydantic import BaseModel
+
 from onnxsqueeze import backends, environment, graph
-from onnxsqueeze.artifact import Artifact
+from onnxsqueeze.artifact import MODEL_FILE, Artifact
 from onnxsqueeze.errors import MeasureError, SqueezeError, Unavailable, without_paths
 from onnxsqueeze.measure.latency import Candidate, LatencyResult, measure_latency
 from onnxsqueeze.measure.metric import compare, evaluate, predict, quality
@@ -21,7 +24,7 @@ from onnxsqueeze.measure.settings import MeasureSettings, Shape
 from onnxsqueeze.measure.size import measure_size
 from onnxsqueeze.plan import Branch
 from onnxsqueeze.recipe import Gates
-from onnxsqueeze.results import FileRecord, Gate, Latency, MetricDelta, StageRecord, Target, VsBaseline
+from onnxsqueeze.results import FileRecord, Gate, Latency, MetricDelta, StageRecord, Target, VsBaseline, WeightClass
 from onnxsqueeze.stage import Progress
 from onnxsqueeze.store import Store, key_of
 from onnxsqueeze.tasks.rows import SplitRows, TaskInfo, rows_sha256
@@ -51,6 +54,20 @@ class Made:
     artifact: Artifact | None
     stages: tuple[StageRecord, ...]
     problem: SqueezeError | None
+
+
+_CONTENT_VERSION = 1  # raise it when the same file is counted otherwise
+
+
+class _Content(BaseModel):
+    """What lies in a target's folder, by the names of its record; files relative to the folder."""
+
+    size_bytes: int
+    size_gzip_bytes: int
+    tokenizer_bytes: int | None
+    files: tuple[FileRecord, ...]
+    weights: tuple[WeightClass, ...]
+    operators: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -152,16 +169,9 @@ class Measurer:
             "stages": one.stages,
         }
         if one.artifact:
-            size = measure_size(one.artifact.path)
-            facts |= {
-                "model": f"{name}/model.onnx",
-                "size_bytes": size.size_bytes,
-                "size_gzip_bytes": size.size_gzip_bytes,
-                "tokenizer_bytes": size.tokenizer_bytes,
-                "files": tuple(FileRecord(path=f"{name}/{f.path}", sha256=f.sha256, bytes=f.bytes) for f in size.files),
-                "weights": graph.weights(one.artifact.onnx),
-                "operators": graph.operators(one.artifact.onnx),
-            }
+            content = self._content(one.artifact)
+            files = tuple(f.model_copy(update={"path": f"{name}/{f.path}"}) for f in content.files)
+            facts |= {**dict(content), "model": f"{name}/{MODEL_FILE}", "files": files}
         problem = one.problem or failed.get(name)
         if problem:
             status = "skipped" if isinstance(problem, Unavailable) else "failed"
@@ -198,6 +208,24 @@ class Measurer:
             metrics=deltas,
             quality=quality(deltas[self.dev[0].name][self.info.primary]),
         )
+
+    def _content(self, artifact: Artifact) -> _Content:
+        """Sizes and weights of a folder; packing a file with gzip takes seconds, so they are kept."""
+        causes = {"model": artifact.digest, "zlib": zlib.ZLIB_RUNTIME_VERSION, "version": _CONTENT_VERSION}
+        kept = self.store.measurement("content", causes)
+        if kept is not None:
+            return _Content.model_validate_json(kept)
+        size = measure_size(artifact.path)
+        content = _Content(
+            size_bytes=size.size_bytes,
+            size_gzip_bytes=size.size_gzip_bytes,
+            tokenizer_bytes=size.tokenizer_bytes,
+            files=size.files,
+            weights=graph.weights(artifact.onnx),
+            operators=graph.operators(artifact.onnx),
+        )
+        self.store.keep_measurement("content", causes, content.model_dump_json(by_alias=True).encode())
+        return content
 
     # ── metric ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
