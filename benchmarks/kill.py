@@ -30,12 +30,6 @@ from typing import Any, Literal
 
 ROOT = Path(__file__).parent.parent
 TRAINING = ("finetune", "distill", "prune-weights")
-# A small run of the real recipe on the real MiniLM: every stage, three epochs each, a few seconds of measuring.
-SETTINGS = (
-    "task.train_rows=192",
-    "task.max_length=32",
-    "measure={sequence: 32, shapes: [], min_runs: 20, min_seconds: 0}",
-)
 Moment = Literal["any time", "training", "writing"]
 _OPEN_FOR_WRITING = os.O_WRONLY | os.O_RDWR
 
@@ -60,7 +54,7 @@ class Trial:
 
 def command(out: Path, recipe: Path) -> list[str]:
     """The command that is killed and given again."""
-    return [sys.executable, "-m", "onnxsqueeze", "run", str(recipe), "--out", str(out), *(w for s in SETTINGS for w in ("--set", s))]
+    return [sys.executable, "-m", "onnxsqueeze", "run", str(recipe), "--out", str(out)]
 
 
 class Run:
@@ -250,11 +244,23 @@ def table(trials: list[Trial], whole_s: float, words: str) -> str:
     return "\n".join([*lines, *(["", "Problems:", *problems] if problems else []), ""])
 
 
+def write(out: Path, trials: list[Trial], whole_s: float) -> None:
+    """Write the page and the data of the trials so far."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "kill.md").write_text(table(trials, whole_s, _words()), encoding="utf-8")
+    data = {"command": _words(), "seconds": round(whole_s, 1), "trials": [asdict(t) for t in trials]}
+    (out / "kill.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def _words() -> str:
+    return shlex.join(["python", "benchmarks/kill.py", *sys.argv[1:]])
+
+
 def main() -> int:
     """Run the trials and write the table."""
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     cli.add_argument("--out", type=Path, required=True, help="folder for kill.json and kill.md")
-    cli.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "qdp.yaml")
+    cli.add_argument("--recipe", type=Path, default=ROOT / "benchmarks" / "kill.yaml")
     cli.add_argument("--training", type=int, default=9)
     cli.add_argument("--writing", type=int, default=6)
     cli.add_argument("--any", type=int, default=5)
@@ -278,14 +284,7 @@ def main() -> int:
             sys.stderr.write(
                 f"trial {trial.number}: killed after {trial.killed_after_s} s during {trial.during}: {trial.problems or 'equal'}\n"
             )
-    asked.out.mkdir(parents=True, exist_ok=True)
-    words = shlex.join(["python", "benchmarks/kill.py", "--out", asked.out.as_posix()])
-    (asked.out / "kill.md").write_text(table(trials, whole_s, words), encoding="utf-8")
-    (asked.out / "kill.json").write_text(
-        json.dumps({"command": words, "seconds": round(whole_s, 1), "trials": [asdict(t) for t in trials]}, indent=1) + "\n",
-        encoding="utf-8",
-    )
-    sys.stdout.write(table(trials, whole_s, words))
+    sys.stdout.write(table(trials, whole_s, _words()))
     return int(any(t.problems for t in trials))
 
 
