@@ -28,6 +28,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from onnxsqueeze.environment import cpu_model
+
 ROOT = Path(__file__).parent.parent
 TRAINING = ("finetune", "distill", "prune-weights")
 Moment = Literal["any time", "training", "writing"]
@@ -220,7 +222,7 @@ def table(trials: list[Trial], whole_s: float, words: str) -> str:
         "",
         f"`{words}`: {len(trials)} runs of {whole_s:.0f} s, each from an empty store, each killed once with SIGKILL and then given again.",
         f"{in_training} kills fell inside a training stage, {writing} while a file was open for writing. {good} of {len(trials)} next runs gave byte-equal",
-        ".onnx files and equal metrics, executed no finished stage again, and started a training stage after its last finished epoch.",
+        f".onnx files and equal metrics, executed no finished stage again, and started a training stage after its last finished epoch. {cpu_model()}.",
         "",
         "| # | killed after | during | file open for writing | finished stages | epochs finished | resumed in epoch | executed again | equal .onnx | equal metrics |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -281,6 +283,7 @@ def main() -> int:
         for trial in trials:
             with tempfile.TemporaryDirectory(dir=folder) as place:
                 run_trial(trial, Path(place), asked.recipe, folder / "reference" / "out", whole_s, times, rng)
+            write(asked.out, trials[: trial.number], whole_s)
             sys.stderr.write(
                 f"trial {trial.number}: killed after {trial.killed_after_s} s during {trial.during}: {trial.problems or 'equal'}\n"
             )
