@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from exports import build, export
 from models import artifact, random_checkpoint, toy_context
-from onnxsqueeze import graph
+from onnxsqueeze import graph, weights
 from onnxsqueeze.artifact import EXTERNAL_DATA_FILE
 from onnxsqueeze.errors import StageError, without_paths
 from onnxsqueeze.stages.export import Export
@@ -70,7 +70,7 @@ def test_weights_above_the_threshold_lie_beside_the_graph_and_the_model_still_ru
     assert sorted(file.name for file in folder.iterdir()) == ["model.onnx", EXTERNAL_DATA_FILE]
     assert (folder / "model.onnx").stat().st_size < parent.onnx.stat().st_size / 2
     graph.check(folder / "model.onnx", like=parent.onnx)
-    assert graph.weights(folder / "model.onnx") == graph.weights(parent.onnx)
+    assert weights.by_class(folder / "model.onnx") == weights.by_class(parent.onnx)
     assert graph.operators(folder / "model.onnx") == graph.operators(parent.onnx)
 
 
@@ -95,7 +95,7 @@ def test_weights_are_told_apart_by_what_they_do(tmp_path: Path) -> None:
         "head": size("pooler", "classifier"),
         "norm": norms,
     }
-    found = {w.class_: w.n for w in graph.weights(exported.onnx) if w.dtype == "float32" and w.class_ != "other"}
+    found = {w.class_: w.n for w in weights.by_class(exported.onnx) if w.dtype == "float32" and w.class_ != "other"}
     assert found == expected
     assert sum(found.values()) == sum(v.size for v in stored.values())
 
@@ -112,7 +112,7 @@ def test_zeros_are_counted_relative_to_the_zero_point(tmp_path: Path) -> None:
     q = np.array([[128, 0], [3, 7], [128, 7], [1, 2]], np.uint8)
     tensors: dict[str, NDArray[Any]] = {"q": q, "s": np.array([0.5, 0.25], np.float32), "z": np.array([128, 7], np.uint8)}
     path = one_node(helper.make_node("DequantizeLinear", ["q", "s", "z"], ["w"], axis=1), tensors, tmp_path)
-    found = {(w.class_, w.dtype): (w.n, w.zeros, w.bytes) for w in graph.weights(path)}
+    found = {(w.class_, w.dtype): (w.n, w.zeros, w.bytes) for w in weights.by_class(path)}
     assert found == {("attention", "uint8"): (8, 4, 8), ("other", "uint8"): (2, 0, 2), ("other", "float32"): (2, 0, 8)}
 
 

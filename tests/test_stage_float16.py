@@ -7,7 +7,7 @@ import pytest
 
 from exports import build, distance, export
 from models import FAMILIES, FamilyName, artifact
-from onnxsqueeze import graph
+from onnxsqueeze import graph, weights
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.stages.float16 import Float16
 from onnxsqueeze.stages.quantize_weights import QuantizeWeights
@@ -20,9 +20,9 @@ def test_all_weights_are_half_and_logits_stay_within_half_precision(tmp_path: Pa
     parent, context = export(tmp_path, family)
     half, changed = build(STAGE, parent, tmp_path / "half", context)
     graph.check(half.onnx, like=parent.onnx)
-    dtypes = {w.dtype for w in graph.weights(half.onnx)}
+    dtypes = {w.dtype for w in weights.by_class(half.onnx)}
     assert "float32" not in dtypes
-    assert changed.count == graph.tensors_of(half.onnx, "float16") == graph.tensors_of(parent.onnx, "float32")
+    assert changed.count == weights.tensors_of(half.onnx, "float16") == weights.tensors_of(parent.onnx, "float32")
     assert distance(parent, half, context) < 0.005
 
 
@@ -31,8 +31,8 @@ def test_8_bit_weights_keep_their_bits_when_activations_become_half(tmp_path: Pa
     small, _ = build(QuantizeWeights(kind="quantize-weights"), parent, tmp_path / "w8", context)
     both, _ = build(STAGE, small, tmp_path / "both", context)
     graph.check(both.onnx, like=parent.onnx)
-    assert graph.integer_weights(both.onnx) == graph.integer_weights(small.onnx)
-    assert {w.dtype for w in graph.weights(both.onnx)} == {"uint8", "float16"}
+    assert weights.integers(both.onnx) == weights.integers(small.onnx)
+    assert {w.dtype for w in weights.by_class(both.onnx)} == {"uint8", "float16"}
     assert both.onnx.stat().st_size < small.onnx.stat().st_size
     assert distance(small, both, context) < 0.005
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from dequantize import errors, matrices
 from exports import build, distance, export
 from models import FAMILIES, FamilyName, artifact
-from onnxsqueeze import graph
+from onnxsqueeze import graph, weights
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.stages.quantize_dynamic import QuantizeDynamic
 
@@ -36,10 +36,10 @@ def test_every_weight_of_every_family_is_within_half_a_step(tmp_path: Path, fami
 def test_embeddings_are_8_bit_in_the_file(tmp_path: Path) -> None:
     parent, context = export(tmp_path, "bert")
     small, _ = build(stage(), parent, tmp_path / "int8", context)
-    before = next(w for w in graph.weights(parent.onnx) if w.class_ == "embedding")
-    after = [w for w in graph.weights(small.onnx) if w.class_ == "embedding"]
+    before = next(w for w in weights.by_class(parent.onnx) if w.class_ == "embedding")
+    after = [w for w in weights.by_class(small.onnx) if w.class_ == "embedding"]
     assert [(w.dtype, w.n, w.bytes) for w in after] == [("uint8", before.n, before.n)]
-    assert graph.integer_weights(small.onnx) == {"Gather": 3, "MatMulInteger": 14}
+    assert weights.integers(small.onnx) == {"Gather": 3, "MatMulInteger": 14}
 
 
 def test_one_scale_a_matrix_and_seven_bits_are_what_the_settings_say(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_stage_that_quantizes_nothing_is_an_error(tmp_path: Path) -> None:
 def test_a_named_operator_without_weights_is_an_error_though_others_were_quantized(tmp_path: Path) -> None:
     parent, context = export(tmp_path, "bert")
     tables, _ = build(stage(op_types=["Gather"]), parent, tmp_path / "tables", context)
-    assert graph.integer_weights(tables.onnx) == {"Gather": 3}
+    assert weights.integers(tables.onnx) == {"Gather": 3}
     with pytest.raises(StageError, match="no weight of Gather was quantized"):
         build(stage(op_types=["MatMul", "Gather"]), tables, tmp_path / "again", context)
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from dequantize import errors, matrices
 from exports import build, distance, export
 from models import FAMILIES, FamilyName
-from onnxsqueeze import graph
+from onnxsqueeze import graph, weights
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.stages import calibration
 from onnxsqueeze.stages.quantize_static import QuantizeStatic
@@ -35,7 +35,7 @@ def test_every_weight_is_within_half_a_step_and_logits_stay_close(tmp_path: Path
         "MatMul": 13 if family == "electra" else 12,
     }
     assert changed.details["calibration_rows"] == 64
-    embeddings = {w.dtype for w in graph.weights(small.onnx) if w.class_ == "embedding"}
+    embeddings = {w.dtype for w in weights.by_class(small.onnx) if w.class_ == "embedding"}
     assert embeddings == ({"uint8", "int8", "int32"} if family == "electra" else {"uint8"})  # electra: a projection behind the tables
     assert distance(parent, small, context) < 0.1
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from dequantize import errors
 from exports import build, distance, export
 from models import FAMILIES, FamilyName
-from onnxsqueeze import graph
+from onnxsqueeze import graph, weights
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.stages.quantize_weights import QuantizeWeights
 
@@ -37,21 +37,21 @@ def test_every_weight_is_within_half_a_step_of_its_block(tmp_path: Path, family:
 def test_the_record_counts_weights_and_not_bytes(tmp_path: Path) -> None:
     parent, context = export(tmp_path, "bert")
     small, _ = build(stage(bits=4, embeddings=False), parent, tmp_path / "small", context)
-    before = {w.class_: w for w in graph.weights(parent.onnx) if w.dtype == "float32"}
-    packed = {w.class_: w for w in graph.weights(small.onnx) if w.dtype == "uint4"}
+    before = {w.class_: w for w in weights.by_class(parent.onnx) if w.dtype == "float32"}
+    packed = {w.class_: w for w in weights.by_class(small.onnx) if w.dtype == "uint4"}
     assert set(packed) == {"attention", "feed_forward"}
     for class_, weight in packed.items():
-        biases = sum(w.n for w in graph.weights(small.onnx) if (w.class_, w.dtype) == (class_, "float32"))
+        biases = sum(w.n for w in weights.by_class(small.onnx) if (w.class_, w.dtype) == (class_, "float32"))
         assert weight.n == before[class_].n - biases
         assert weight.bytes == weight.n // 2
-    assert {w.dtype for w in graph.weights(small.onnx) if w.class_ == "embedding"} == {"float32"}
+    assert {w.dtype for w in weights.by_class(small.onnx) if w.class_ == "embedding"} == {"float32"}
 
 
 def test_tables_whose_width_the_block_does_not_divide_stay_in_float(tmp_path: Path) -> None:
     parent, context = export(tmp_path, "electra")  # embeddings of width 16
     small, changed = build(stage(block_size=32), parent, tmp_path / "small", context)
     assert changed.details["embedding_tables"] == 0
-    assert {w.dtype for w in graph.weights(small.onnx) if w.class_ == "embedding" and w.n > 1000} == {"float32"}
+    assert {w.dtype for w in weights.by_class(small.onnx) if w.class_ == "embedding" and w.n > 1000} == {"float32"}
 
 
 def test_a_stage_that_quantizes_nothing_is_an_error(tmp_path: Path) -> None:

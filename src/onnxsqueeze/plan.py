@@ -13,17 +13,18 @@ from typing import Any
 
 from onnxsqueeze import backends, environment
 from onnxsqueeze.artifact import Format
+from onnxsqueeze.document import Place
 from onnxsqueeze.errors import Fault, RecipeError
 from onnxsqueeze.models import Start
 from onnxsqueeze.nn.checkpoint import has_trained_head, read_config
-from onnxsqueeze.recipe import MODEL, LoadedRecipe, Path_, Target, chain, teacher_of
+from onnxsqueeze.recipe import MODEL, LoadedRecipe, Target, chain, teacher_of
 from onnxsqueeze.stage import Stage
 from onnxsqueeze.stages import Export, Finetune
 from onnxsqueeze.store import key_of
 from onnxsqueeze.tasks.open import Task
 from onnxsqueeze.tasks.rows import rows_sha256
 
-_ADDED: Path_ = ("targets",)  # where the faults of a baseline stand that the run adds
+_ADDED: Place = ("targets",)  # where the faults of a baseline stand that the run adds
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,6 @@ class _Planner:
         info = task.info
         self._data = {
             "labels": info.labels,
-            "metrics": info.metrics,
             "primary": info.primary,
             "max_length": info.max_length,
             "train": rows_sha256(task.train.rows),
@@ -115,14 +115,14 @@ class _Planner:
         }
         self._machine = {**environment.processors(), "threads": threads}
 
-    def chain(self, above: Sequence[Step], stages: Sequence[Stage], place: Path_) -> tuple[Step, ...]:
+    def chain(self, above: Sequence[Step], stages: Sequence[Stage], place: Place) -> tuple[Step, ...]:
         """The steps of ``stages`` put after ``above``."""
         steps = list(above)
         for i, stage in enumerate(stages):
             steps.append(self._step(steps, stage, (*place, i)))
         return tuple(steps[len(above) :])
 
-    def _step(self, above: Sequence[Step], stage: Stage, place: Path_) -> Step:
+    def _step(self, above: Sequence[Step], stage: Stage, place: Place) -> Step:
         parent = above[-1] if above else None
         parent_key = parent.key if parent else self.start.artifact.key
         finetuned = [step for step in above if isinstance(step.stage, Finetune)]
@@ -161,7 +161,7 @@ class _Planner:
             causes["machine"] = self._machine
         return Step(stage, key_of(causes), parent, teacher, has_teacher, causes)
 
-    def _headless(self, stage: Stage, place: Path_) -> Fault:
+    def _headless(self, stage: Stage, place: Place) -> Fault:
         if "stages" not in place:  # a baseline that the run adds
             return self.loaded.fault(
                 place,
@@ -172,7 +172,7 @@ class _Planner:
             f"{stage.kind}: the model {self.start.name!r} has no trained head; put {{kind: finetune}} above, or start from a trained classifier",
         )
 
-    def _teacher(self, above: Sequence[Step], stage: Stage, finetuned: Sequence[Step], place: Path_) -> tuple[Step | None, bool]:
+    def _teacher(self, above: Sequence[Step], stage: Stage, finetuned: Sequence[Step], place: Place) -> tuple[Step | None, bool]:
         """(the step that made the teacher, whether there is one); the start as a teacher is (None, True)."""
         if "teacher" not in type(stage).model_fields:
             return None, False

@@ -9,22 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from onnxsqueeze import backends
+from onnxsqueeze.document import Document, Place
 from onnxsqueeze.errors import Fault, RecipeError, UsageError, nearest
 from onnxsqueeze.measure.settings import MeasureSettings
 from onnxsqueeze.stage import Stage, State
-from onnxsqueeze.stages import AnyStage, Export, Finetune
+from onnxsqueeze.stages import AnyStage, Finetune
 from onnxsqueeze.tasks.settings import NAMES, TaskSettings
 
 MODEL = "model"  # what `after:` and `teacher:` call the checkpoint that the run starts from
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
 _FILES_OF_A_RUN = ("results.json", "report.md", "report.html")
-
-Path_ = tuple[str | int, ...]  # a place in the YAML: ("stages", 0, "epochs")
 
 
 class _Part(BaseModel):
@@ -75,16 +73,15 @@ class Recipe(_Part):
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A checked recipe, the digest of the text it came from, and the lines of its parts (for later messages)."""
+    """A checked recipe, the digest of the text it came from, and the document (for later messages)."""
 
     recipe: Recipe
     sha256: str
-    file: str
-    lines: Mapping[Path_, int]
+    document: Document
 
-    def fault(self, path: Path_, message: str) -> Fault:
-        """A fault at ``path`` of this recipe."""
-        return Fault(self.file, _line(self.lines, path), _spell(path), message)
+    def fault(self, place: Place, message: str) -> Fault:
+        """A fault at ``place`` of this recipe."""
+        return self.document.fault(place, message)
 
 
 def load(file: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -110,30 +107,22 @@ def load(file: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
         raise UsageError(
             f"recipe {name}: cannot be read as UTF-8 text: {error}", remedy="name a YAML recipe, e.g. recipes/qdp.yaml"
         ) from error
-    lines: dict[Path_, int] = {}
-    faults: list[Fault] = []
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error)
-        raise RecipeError(
-            [Fault(name, mark.line + 1 if mark else None, "", f"is not YAML: {problem}; mend the indentation or quotes near here")]
-        ) from error
-    data = _plain(node, (), lines, faults, name) if node else None
-    if not isinstance(data, dict):
-        raise RecipeError(
-            [*faults, Fault(name, 1, "", f"a recipe is a mapping with 'schema', 'name', 'task' and 'targets', got {type(data).__name__}")]
-        )
+    document = Document.read(text, name)
+    faults = list(document.faults)
+    if not isinstance(document.data, dict):
+        got = type(document.data).__name__
+        raise RecipeError([*faults, Fault(name, 1, "", f"a recipe is a mapping with 'schema', 'name', 'task' and 'targets', got {got}")])
     for override in overrides:
-        _override(data, override)
+        if override.startswith("task.") and isinstance(document.data.get("task"), str):
+            document.data["task"] = {"name": document.data["task"]}
+        document.override(override)
     try:
-        recipe = Recipe.model_validate(data)
+        recipe = Recipe.model_validate(document.data)
     except ValidationError as error:
-        faults += [_from_pydantic(e, data, lines, name) for e in error.errors(include_url=False)]
+        faults += [_from_pydantic(e, document) for e in error.errors(include_url=False)]
         raise RecipeError(_in_order(faults)) from error
     sha256 = hashlib.sha256(content + "".join(f"\n{o}" for o in overrides).encode()).hexdigest()
-    loaded = LoadedRecipe(recipe, sha256, name, lines)
+    loaded = LoadedRecipe(recipe, sha256, document)
     faults += _check_order(loaded)
     if faults:
         raise RecipeError(_in_order(faults))
@@ -165,7 +154,7 @@ def _check_order(loaded: LoadedRecipe) -> Iterator[Fault]:
     seen: dict[str, int] = {}
     baselines: dict[str, str] = {}
     for i, target in enumerate(recipe.targets):
-        place: Path_ = ("targets", i)
+        place: Place = ("targets", i)
         if target.name in seen:
             yield loaded.fault((*place, "name"), f"{target.name!r} is the name of targets[{seen[target.name]}] too; give each its own")
         seen[target.name] = i
@@ -206,12 +195,12 @@ def _teacher_stage(recipe: Recipe) -> str:
 
 
 def _check_chain(
-    loaded: LoadedRecipe, above: Sequence[Stage], own: Sequence[Stage], place: Path_, backend: str, *, shared: bool
+    loaded: LoadedRecipe, above: Sequence[Stage], own: Sequence[Stage], place: Place, backend: str, *, shared: bool
 ) -> Iterator[Fault]:
     names = [MODEL, *(stage.name for stage in above)]
     state: State = above[-1].gives if above else "checkpoint"
     for i, stage in enumerate(own):
-        here: Path_ = (*place, i)
+        here: Place = (*place, i)
         if stage.name in names:
             yield loaded.fault(here, f"two stages in this chain have the id {stage.name!r}; give one of them an `id:` of its own")
         if state not in stage.takes:
@@ -253,59 +242,19 @@ def _misplaced(stage: Stage, state: State, before: str) -> str:
     return f"{message}; take one of the two out"
 
 
-# ── YAML with lines, and pydantic's faults in our words ─────────────────────────────────────────────────────────────
-
-
-def _plain(node: yaml.Node, path: Path_, lines: dict[Path_, int], faults: list[Fault], file: str) -> Any:
-    """Plain data of a YAML node; ``lines`` learns where each part stands, ``faults`` the keys that stand twice."""
-    lines[path] = node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
-        data: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = str(key_node.value)
-            line = key_node.start_mark.line + 1
-            if key in data:
-                faults.append(
-                    Fault(file, line, _spell((*path, key)), f"the key {key!r} stands twice; the first is in line {lines[(*path, key)]}")
-                )
-                continue
-            data[key] = _plain(value_node, (*path, key), lines, faults, file)
-            lines[(*path, key)] = line
-        return data
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, (*path, i), lines, faults, file) for i, item in enumerate(node.value)]
-    loader = yaml.SafeLoader("")
-    try:
-        return loader.construct_object(node, deep=True)
-    except yaml.YAMLError as error:  # a tag of somebody's own
-        problem = getattr(error, "problem", None) or "cannot be read"
-        faults.append(Fault(file, node.start_mark.line + 1, _spell(path), f"{problem}; write a plain value"))
-        return None
-    except ValueError:  # a date that is none: its text, for the schema to judge
-        return node.value
-    finally:
-        loader.dispose()
-
-
-def _line(lines: Mapping[Path_, int], path: Path_) -> int | None:
-    return next((lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in lines), None)
-
-
-def _spell(path: Path_) -> str:
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-    return text.removeprefix(".")
+# ── pydantic's faults in our words ───────────────────────────────────────────────────────────────────────────────────
 
 
 def _kinds() -> dict[str, type[Stage]]:
     return {get_args(cls.model_fields["kind"].annotation)[0]: cls for cls in get_args(get_args(AnyStage)[0])}
 
 
-def _from_pydantic(error: Any, data: Any, lines: Mapping[Path_, int], file: str) -> Fault:
-    loc: Path_ = tuple(error["loc"])
+def _from_pydantic(error: Any, document: Document) -> Fault:
+    loc: Place = tuple(error["loc"])
     kinds = _kinds()
     real: list[str | int] = []  # the place in the YAML: without the tag that pydantic puts in for the kind of a stage
     shown: list[str | int] = []
-    here = data
+    here = document.data
     model: Any = Recipe
     for part in loc:
         shown.append(part)
@@ -338,7 +287,7 @@ def _from_pydantic(error: Any, data: Any, lines: Mapping[Path_, int], file: str)
         message = f"must be a mapping, got {_brief(got)}"
     else:
         message = f"{_lower(error['msg'])}, got {_brief(got)}"
-    return Fault(file, _line(lines, tuple(real)), _spell(tuple(shown)), message)
+    return document.fault(tuple(real), message, shown=tuple(shown))
 
 
 def _lower(message: str) -> str:
@@ -359,49 +308,6 @@ def _in_order(faults: Sequence[Fault]) -> list[Fault]:
     return sorted(faults, key=lambda fault: fault.line or 0)
 
 
-def _override(data: dict[str, Any], override: str) -> None:
-    """Put one ``PATH=VALUE`` into the data of a recipe."""
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise UsageError(f"--set {override}: must be PATH=VALUE", remedy="for example --set stages.finetune.epochs=2")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {override}: the value is not YAML: {error}", remedy="quote it, or see the recipe reference") from error
-    if path.startswith("task.") and isinstance(data.get("task"), str):
-        data["task"] = {"name": data["task"]}
-    here: Any = data
-    *parents, last = _steps(path)
-    for at, step in enumerate([*parents, last]):
-        is_last = at == len(parents)
-        if isinstance(here, list):
-            names = [str(item.get("id") or item.get("name") or item.get("kind")) if isinstance(item, dict) else str(item) for item in here]
-            index = names.index(step) if step in names else int(step) if step.isdigit() and int(step) < len(here) else None
-            if index is None:
-                raise UsageError(
-                    f"--set {override}: nothing here is called {step!r}{nearest(step, names)}",
-                    remedy="name a stage by its id, a target by its name, or either by its place (from 0)",
-                )
-            if is_last:
-                here[index] = value
-            else:
-                here = here[index]
-        elif isinstance(here, dict):
-            if is_last:
-                here[step] = value
-            else:
-                here = here.setdefault(step, {})
-        else:
-            raise UsageError(
-                f"--set {override}: {'.'.join(parents[:at])!r} is a value, it has no {step!r}",
-                remedy="see the recipe reference for what can be set",
-            )
-
-
-def _steps(path: str) -> list[str]:
-    return [step for step in re.split(r"\.|\[(\d+)\]", path) if step]
-
-
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe, for editors; docs/recipe.schema.json is made from it."""
     schema = Recipe.model_json_schema(by_alias=True)
@@ -409,6 +315,3 @@ def json_schema() -> dict[str, Any]:
         "anyOf": [{"enum": list(NAMES)}, {"$ref": "#/$defs/TaskSettings"}]
     }  # `task: sst2` is short for {name: sst2}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "onnxsqueeze recipe", **schema}
-
-
-__all__ = ["MODEL", "Export", "Gates", "LoadedRecipe", "Recipe", "Target", "chain", "json_schema", "load", "teacher_of"]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel
 
-from onnxsqueeze import backends, environment, graph
+from onnxsqueeze import backends, environment, graph, weights
 from onnxsqueeze.artifact import MODEL_FILE, Artifact
 from onnxsqueeze.errors import MeasureError, SqueezeError, Unavailable, without_paths
 from onnxsqueeze.measure.latency import Candidate, LatencyResult, measure_latency
@@ -221,7 +221,7 @@ class Measurer:
             size_gzip_bytes=size.size_gzip_bytes,
             tokenizer_bytes=size.tokenizer_bytes,
             files=size.files,
-            weights=graph.weights(artifact.onnx),
+            weights=weights.by_class(artifact.onnx),
             operators=graph.operators(artifact.onnx),
         )
         self.store.keep_measurement("content", causes, content.model_dump_json(by_alias=True).encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from onnxsqueeze import graph
+from onnxsqueeze import graph, weights
 from onnxsqueeze.artifact import Artifact, copy_side_files
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.stage import Changed, Context, Stage, State
@@ -43,7 +43,7 @@ class Float16(Stage):
 
             written = graph.save(convert_float_to_float16(graph.load(parent.onnx), keep_io_types=True), out)
         copy_side_files(parent.path, out)
-        halves = graph.tensors_of(written, "float16") - graph.tensors_of(parent.onnx, "float16")
+        halves = weights.tensors_of(written, "float16") - weights.tensors_of(parent.onnx, "float16")
         if halves == 0:
             raise StageError(f"{self.name}: the model has no float32 weight", remedy="put this stage after export or quantize-weights")
         return Changed(halves, "tensors", self._compare(parent.onnx, written, context))

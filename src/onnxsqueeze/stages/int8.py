@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from onnxsqueeze import environment, graph
+from onnxsqueeze import environment, weights
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.stage import Changed, Stage
 
@@ -36,9 +36,9 @@ def count(stage: Stage, op_types: tuple[OpType, ...], parent: Path, written: Pat
 
     Raises StageError where there is none, or where the recipe names an operator none of whose weights were quantized.
     """
-    quantized = graph.integer_weights(written)
-    before = graph.float_weights(parent)
-    after = {name for names in graph.float_weights(written).values() for name in names}
+    quantized = weights.integers(written)
+    before = weights.floats(parent)
+    after = {name for names in weights.floats(written).values() for name in names}
     named = op_types if "op_types" in stage.model_fields_set else ()
     idle = [op for op in named if before.get(op, set()) <= after]
     if idle or not quantized:
