@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 
 from models import FAMILIES, FamilyName, random_checkpoint, run_stage, silent, toy_context, toy_rows, toy_task
 from onnxsqueeze.errors import MeasureError, StageError
@@ -44,7 +45,7 @@ class Killer:
 # 64 rows in batches of 16: 4 steps an epoch
 STAGES: dict[str, TrainingSettings] = {
     "finetune": Finetune(epochs=3, batch_size=16, learning_rate=1e-3),
-    "distill": Distill(layers=1, epochs=3, batch_size=16, learning_rate=1e-3, alpha_attention=1.0),
+    "distill": Distill(layers=1, epochs=3, batch_size=16, learning_rate=1e-3, alpha_attention=1.0, freeze_embeddings=True),
     "prune-weights": PruneWeights(epochs=3, batch_size=16, learning_rate=1e-3, sparsity=0.7, recovery=0.1),
 }
 
@@ -249,8 +250,6 @@ def test_predictions_are_those_of_each_row_alone_in_the_rows_order(tmp_path: Pat
 
 
 def test_a_loss_that_is_not_finite_stops_the_training_with_a_remedy(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     parent = random_checkpoint(tmp_path / "parent", "bert")
     tensors = load_file(parent / "model.safetensors")
     tensors["classifier.weight"][0, 0] = torch.inf
@@ -267,6 +266,16 @@ def test_training_learns_what_decides_the_label(tmp_path: Path) -> None:
     history = changed.details["history"]
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
     assert max(entry["score"] for entry in history) > 0.9
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_frozen_embeddings_keep_every_bit_while_the_rest_is_trained(tmp_path: Path, name: FamilyName) -> None:
+    parent = random_checkpoint(tmp_path / "parent", name)
+    out, _ = run_stage(Finetune(epochs=1, batch_size=16, learning_rate=1e-3, force=True, freeze_embeddings=True), parent, tmp_path)
+    before, after = load_file(parent / "model.safetensors"), load_file(out / "model.safetensors")
+    tables = {key for key in before if "embeddings." in key and before[key].dim() == 2}
+    assert {key for key in before if torch.equal(before[key], after[key])} == tables
+    assert tables
 
 
 def test_the_rate_rises_to_its_peak_and_falls_towards_zero() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
@@ -101,3 +102,8 @@ def test_pruning_twice_counts_only_what_the_second_added(tmp_path: Path) -> None
     assert first.count + second.count == second.details["zeros"]
     with pytest.raises(StageError, match=r"50\.0% of the parent's weights are zero already"):
         run_stage(PruneWeights(sparsity=0.5, **QUICK), half, tmp_path / "again")
+
+
+def test_pruning_embeddings_that_are_frozen_is_refused() -> None:
+    with pytest.raises(ValidationError, match="exclude each other"):
+        PruneWeights(embeddings=True, freeze_embeddings=True)

@@ -86,7 +86,7 @@ def threads_to_use() -> int:
 
 
 def _uses_head(stages: tuple[tuple[Stage, ...], tuple[Stage, ...]]) -> bool:
-    """Whether a chain starts from the model's own head; one whose first stage is a forced finetune draws a new one."""
+    """Whether a chain starts from the model's own head; one whose first stage is a forced finetune trains it anew."""
     first = (*stages[0], *stages[1])[0]
     return not (isinstance(first, Finetune) and first.force)
 

@@ -27,6 +27,10 @@ class TrainingSettings(Stage):
     batch_size: int = Field(32, ge=1, description="Rows a step")
     warmup: float = Field(0.1, ge=0, lt=1, description="Fraction of all steps in which the learning rate rises")
     weight_decay: float = Field(0.01, ge=0, description="On matrices; never on biases and norms")
+    freeze_embeddings: bool = Field(
+        default=False,
+        description="Leave the tables of words, positions and token types as they are: faster, and unseen words keep their place",
+    )
     precision: Precision = Field("auto", description="auto: bf16 where the CPU or GPU multiplies it natively, else fp32")
 
     def machine_bound(self) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from onnxsqueeze.errors import MeasureError, StageError
 from onnxsqueeze.nn.batches import Examples, by_length, epoch_order
-from onnxsqueeze.nn.family import Family
+from onnxsqueeze.nn.family import Family, embedding_weights
 from onnxsqueeze.nn.precision import Precision, effective
 from onnxsqueeze.nn.settings import TrainingSettings
 from onnxsqueeze.stage import Context
@@ -137,6 +137,9 @@ def train(
     companion = companion or nn.Module()
     place(model)
     place(companion)
+    if settings.freeze_embeddings:
+        for name in embedding_weights(model, family):
+            model.get_parameter(name).requires_grad = False
     optimizer = torch.optim.AdamW(_parameter_groups(model, companion, settings.weight_decay), lr=settings.learning_rate, fused=True)
     per_epoch = math.ceil(len(examples) / settings.batch_size)
     total = per_epoch * settings.epochs
@@ -293,7 +296,7 @@ def _inputs(family: Family, examples: Examples, rows: list[int]) -> dict[str, Te
 
 
 def _parameter_groups(model: nn.Module, companion: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    parameters = [*model.parameters(), *companion.parameters()]
+    parameters = [p for p in (*model.parameters(), *companion.parameters()) if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},

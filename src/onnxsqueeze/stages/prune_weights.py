@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from onnxsqueeze.artifact import Artifact
 from onnxsqueeze.errors import StageError
@@ -34,6 +34,12 @@ class PruneWeights(TrainingSettings):
     temperature: float = Field(2.0, gt=0, description="Softens the logits of teacher and student")
     alpha_task: float = Field(0.5, ge=0, description="Weight of the loss against the labels, where there is a teacher")
     alpha_logits: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's logits, where there is a teacher")
+
+    @model_validator(mode="after")
+    def _prunes_nothing_frozen(self) -> Self:
+        if self.embeddings and self.freeze_embeddings:
+            raise ValueError("embeddings and freeze_embeddings exclude each other: what is pruned must be trained")
+        return self
 
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:
         """Write the best epoch at the final sparsity; counts the zeros that the written file has more than the parent.
