@@ -1,4 +1,4 @@
-"""Run a recipe on all nine GLUE tasks and keep the records; with --scorer, check every file with a program that is not ours.
+"""Run a recipe on all nine GLUE tasks, from the project's root, and keep the records; with --scorer, check every file with a program that is not ours.
 
     python benchmarks/glue.py --data-dir glue --out reports/glue-2000 --train-rows 2000
     python benchmarks/glue.py --data-dir glue --out reports/glue-2000 --train-rows 2000 --scorer score_onnx.py
@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
 TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
 
 
@@ -72,8 +71,10 @@ def compare(task: str, out: Path, asked: argparse.Namespace) -> list[dict[str, A
             scored = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
             for metric, value in target["metrics"][split["name"]].items():
                 other = scored["metrics"].get(metric)
+                if other is None and metric != record["task"]["primary"]:
+                    continue  # a scorer may know fewer metrics, but never lack the one that decides
                 if other is None:
-                    continue
+                    raise SystemExit(f"{asked.scorer.name}: gives no {metric} for {task}, got {', '.join(scored['metrics'])}")
                 allowed = tolerance(metric, split["n"], smaller_class(task, asked.data_dir / split["source"]))
                 rows.append(
                     {
@@ -105,7 +106,7 @@ def main() -> int:
     cli.add_argument("--data-dir", type=Path, required=True)
     cli.add_argument("--out", type=Path, required=True)
     cli.add_argument("--work", type=Path, default=Path("runs/glue"), help="where the models go")
-    cli.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "qdp.yaml")
+    cli.add_argument("--recipe", type=Path, default=Path("recipes/qdp.yaml"))
     cli.add_argument("--train-rows", type=int, default=0)
     cli.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
     cli.add_argument("--scorer", type=Path)
