@@ -125,7 +125,7 @@ class _Maker:
             select=lambda logits: primary(task.info, logits, labels),
             seed=self.prepared.seed,
             threads=self.prepared.threads,
-            batch=self.prepared.loaded.recipe.measure.batch,
+            call=self.prepared.loaded.recipe.measure.call,
             checkpoint=checkpoint,
             progress=progress,
         )

@@ -221,7 +221,7 @@ def _check_chain(
         ):
             yield loaded.fault(here, f"{stage.kind} learns from a teacher, but finetune stands below it; move finetune above it")
         names.append(stage.name)
-        state = stage.gives
+        state = stage.given(state)
 
 
 _STATE_WORDS: dict[State, str] = {
