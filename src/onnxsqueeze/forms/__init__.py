@@ -11,7 +11,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from onnxsqueeze.forms import attention_operator, compact_mask, constant_shapes, first_token, folded_scale, unfused_residual
+from onnxsqueeze.forms import attention_operator, compact_mask, constant_shapes, first_token, folded_scale, sequence_first, unfused_residual
 from onnxsqueeze.forms.edit import read, write
 
 __all__ = ["FORMS", "Effect", "Form", "read", "write"]
@@ -37,5 +37,6 @@ FORMS = (
     Form("folded-scale", "float noise", "float noise", folded_scale.apply),
     Form("first-token", "float noise", "other rounding", first_token.apply),
     Form("attention-operator", "float noise", "float noise", attention_operator.apply),
+    Form("sequence-first", "same bits", "same bits", sequence_first.apply),
     Form("unfused-residual", "same bits", "same bits", unfused_residual.apply),
 )

@@ -28,6 +28,8 @@ def apply(model: ir.Model) -> int:
             if known is not None:
                 edit.replace(node.outputs[0], edit.add_constant(model, f"{node.outputs[0].name}_constant", known))
                 done += 1
+            elif node.op_type == "Gather" and _ask_the_input(model, node):
+                done += 1
     done += edit.fold(model)
     edit.tidy(model)
     return done
@@ -56,3 +58,26 @@ def _read_off(node: ir.Node) -> NDArray[np.int64] | None:
     step = int(places[3].reshape(-1)[0]) if len(places) > 3 and places[3] is not None else 1
     part = lengths[start : min(end, len(lengths)) if end >= 0 else end : step]
     return np.array(part, np.int64) if part and all(isinstance(d, int) for d in part) else None
+
+
+def _ask_the_input(model: ir.Model, node: ir.Node) -> bool:
+    """Where a length of an inner value is one of a graph input's, read it there: then nothing but its content is asked of the inner one."""
+    source = edit.producer(node.inputs[0], "Shape")
+    lengths = edit.shape(source.inputs[0]) if source is not None else None
+    place = edit.scalar(node.inputs[1])
+    if source is None or lengths is None or place is None or source.inputs[0] in model.graph.inputs:
+        return False
+    found = next(
+        ((given, axis) for given in model.graph.inputs for axis, d in enumerate(edit.shape(given) or ()) if d == lengths[int(place)]), None
+    )
+    index = edit.constant(node.inputs[1])
+    if found is None or index is None:
+        return False
+    given, axis = found
+    made = ir.node("Shape", [given], name=f"{node.name}/{given.name}_shape")
+    made.outputs[0].name, made.outputs[0].shape = f"{node.outputs[0].name}_{given.name}_shape", ir.Shape([len(edit.shape(given) or ())])
+    made.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+    model.graph.insert_before(node, made)
+    node.replace_input_with(0, made.outputs[0])
+    node.replace_input_with(1, edit.add_constant(model, f"axis_{axis}_{index.ndim}", np.full(index.shape, axis, index.dtype)))
+    return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -23,8 +23,18 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-FormName = Literal["constant-shapes", "compact-mask", "folded-scale", "first-token", "attention-operator", "unfused-residual"]
-_EVERY: tuple[FormName, ...] = ("constant-shapes", "compact-mask", "folded-scale", "first-token", "attention-operator", "unfused-residual")
+FormName = Literal[
+    "constant-shapes", "compact-mask", "folded-scale", "first-token", "attention-operator", "sequence-first", "unfused-residual"
+]
+_EVERY: tuple[FormName, ...] = (
+    "constant-shapes",
+    "compact-mask",
+    "folded-scale",
+    "first-token",
+    "attention-operator",
+    "sequence-first",
+    "unfused-residual",
+)
 
 _ROUNDS = 4  # of leaving forms out; the first finds what there is, the others what that has uncovered
 _NOISE_FACTOR = 16  # a form may move float32 logits by this many times what the session's own fusions move them
@@ -35,8 +45,8 @@ class OptimizeGraph(Stage):
     """Rewrite the graph into forms that compute the same with less work, before or after quantization.
 
     Each form is proven: those that only move data give the same bits as the parent (sessions without optimization, three shapes), float
-    graphs stay within float32 noise, and a quantized graph must hold the metric on the selection split. With ``tune`` a form stays
-    only where, measured beside the graph without it on this machine, it is not slower. Forms: `onnxsqueeze.forms`.
+    graphs stay within float32 noise, and a quantized graph must hold the metric on the selection split. With ``tune`` a form goes
+    where the graph without it, measured beside the one with it on this machine, is faster by its whole interval. Forms: `onnxsqueeze.forms`.
     """
 
     takes: ClassVar[tuple[State, ...]] = ("onnx", "onnx-int")
@@ -45,10 +55,12 @@ class OptimizeGraph(Stage):
     uses_data: ClassVar[bool] = True
 
     kind: Literal["optimize-graph"] = "optimize-graph"
-    forms: tuple[FormName, ...] = Field(_EVERY, min_length=1, description="Forms to apply, or with `tune` to choose from")
-    tune: bool = Field(
-        default=False, description="Keep only the forms that are not slower on this CPU, at the shape that the recipe measures"
+    forms: tuple[FormName, ...] | None = Field(
+        None,
+        min_length=1,
+        description="Forms to apply, or with `tune` to choose from; default: all, but without `tune` not attention-operator",
     )
+    tune: bool = Field(default=False, description="Leave out the forms that are slower on this CPU, at the shape that the recipe measures")
     tune_seconds: float = Field(1.0, ge=0, le=60, description="Least measured time per graph and round of the tuning")
     max_drop_pp: float = Field(
         0.5, ge=0, description="Most points that a quantized graph may lose on the selection split; else the forms that round otherwise go"
@@ -75,23 +87,27 @@ class OptimizeGraph(Stage):
         with tempfile.TemporaryDirectory(dir=out) as scratch:
             workshop = _Workshop(parent, Path(scratch), context)
             self._prove_same_bits(workshop)
-            chosen, trials = self._tuned(workshop) if self.tune else (self._in_order(self.forms), [])
+            chosen, trials = self._tuned(workshop) if self.tune else (self.wanted(), [])
             chosen, proof = self._held(workshop, chosen)
             changed = workshop.apply(chosen, out)
         copy_side_files(parent.path, out)
-        details = {"forms": changed, "left_out": [name for name in self._in_order(self.forms) if name not in chosen], **proof}
+        details = {"forms": changed, "left_out": [name for name in self.wanted() if name not in chosen], **proof}
         return Changed(sum(changed.values()), "places", details | ({"trials": trials} if trials else {}))
 
-    @staticmethod
-    def _in_order(names: Iterable[FormName]) -> tuple[FormName, ...]:
-        wanted = set(names)
-        return tuple(name for name in _EVERY if name in wanted)
+    def wanted(self) -> tuple[FormName, ...]:
+        """The forms to apply or to choose from, in the order in which they are applied.
+
+        attention-operator and sequence-first exclude each other (the second then finds nothing to do); on CPUs the second is the faster.
+        """
+        if self.forms is not None:
+            return tuple(name for name in _EVERY if name in self.forms)
+        return _EVERY if self.tune else tuple(name for name in _EVERY if name != "attention-operator")
 
     # ── proof ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _prove_same_bits(self, workshop: _Workshop) -> None:
         """Raise StageError where forms that only move data change a bit."""
-        names = tuple(name for name in self._in_order(self.forms) if workshop.effect(name) == "same bits")
+        names = tuple(name for name in self.wanted() if workshop.effect(name) == "same bits")
         if not names:
             return
         import numpy as np
@@ -143,12 +159,12 @@ class OptimizeGraph(Stage):
 
         Each round measures, interleaved, the graph with all forms that are left, without each one of them, and the parent.
         """
-        left, trials = self._in_order(self.forms), []
+        left, trials = self.wanted(), []
         for round_ in range(1, _ROUNDS + 1):
             sets: dict[str, tuple[FormName, ...]] = {"all": left, "parent": ()}
             sets |= {name: tuple(n for n in left if n != name) for name in left}
             found = workshop.race(sets, self.tune_seconds)
-            faster = [name for name in left if found[name].verdict == "faster"]
+            faster = [name for name in left if (found[name].speedup_ci95 or (0.0, 0.0))[0] > 1]
             trials += [_trial(round_, sets[name], result) for name, result in found.items()]
             if not faster:
                 break
