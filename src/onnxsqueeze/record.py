@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from onnxsqueeze import backends, environment, graph, weights
 from onnxsqueeze.artifact import MODEL_FILE, Artifact
 from onnxsqueeze.errors import MeasureError, SqueezeError, Unavailable, without_paths
+from onnxsqueeze.measure.golden import Golden, answers
 from onnxsqueeze.measure.latency import Candidate, LatencyResult, measure_latency
 from onnxsqueeze.measure.metric import compare, evaluate, predict, quality
 from onnxsqueeze.measure.settings import MeasureSettings, Shape
@@ -254,6 +255,22 @@ class Measurer:
                 score = evaluate(self.info, values, _labels(split))[self.info.primary]
                 self.teller.end(f"{name}: {self.info.primary} {score.value:.4f} on {split.name} ({score.n:,} rows)")
             found[split.name] = np.load(io.BytesIO(kept), allow_pickle=False)
+        return found
+
+    def golden(self, one: Made) -> Golden:
+        """What the target says to a few generated sentences, for `onnxsqueeze verify`."""
+        assert one.artifact is not None  # noqa: S101  # callers pass targets that were measured
+        pairs = self.dev[0].rows[0].text_pair is not None
+        causes = self._causes(one.branch.backend, one.artifact, threads=self.settings.threads) | {
+            "max_length": self.info.max_length,
+            "pairs": pairs,
+            "version": Golden.model_fields["version"].default,
+        }
+        kept = None if self.fresh else self.store.measurement("golden", causes)
+        if kept is not None:
+            return Golden.model_validate_json(kept)
+        found = answers(one.artifact.path, one.branch.backend, self.settings.threads, self.info.max_length, pairs=pairs)
+        self.store.keep_measurement("golden", causes, found.model_dump_json().encode())
         return found
 
     # ── latency ─────────────────────────────────────────────────────────────────────────────────────────────────────
