@@ -153,7 +153,7 @@ def _recipe() -> str:
 
 def _stage(stage: type[Stage]) -> str:
     kind = get_args(stage.model_fields["kind"].annotation)[0]
-    same = all(stage.model_construct().given(state) == state for state in stage.takes)
+    same = len(stage.takes) > 1 and all(stage.model_construct().given(state) == state for state in stage.takes)
     flow = f"takes {' or '.join(stage.takes)}, gives {'the same' if same else stage.gives}"
     table = _table(stage, skip=("kind", "id"))
     return f"### {kind}\n\n{_first(stage)} ({flow})\n\n{table or 'No settings.'}\n"
