@@ -97,7 +97,8 @@ def test_the_student_is_smaller_pruned_and_compared_with_the_untouched_teacher(q
     feed_forward = [w for w in rows["qdp-ort"].weights if w.class_ == "feed_forward"]
     assert sum(w.zeros for w in feed_forward) / sum(w.n for w in feed_forward) > 0.4
     assert [stage.kind for stage in rows["fp32"].stages] == ["finetune", "export"]
-    assert [stage.kind for stage in rows["qdp-ort"].stages] == ["finetune", "distill", "prune-weights", "export", "quantize-dynamic"]
+    chain = ["finetune", "distill", "prune-weights", "export", "quantize-dynamic", "optimize-graph"]
+    assert [stage.kind for stage in rows["qdp-ort"].stages] == chain
 
 
 def test_latency_is_measured_as_the_record_says(qdp: tuple[Outcome, list[str]]) -> None:
