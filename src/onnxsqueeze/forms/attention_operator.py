@@ -15,7 +15,7 @@ _MASKED = float(np.finfo(np.float32).min)  # what transformers adds to a masked 
 
 
 def apply(model: ir.Model) -> int:
-    """Replace each attention that adds the mask of the input ``attention_mask``; how many."""
+    """Replace each attention that adds the mask of the input ``attention_mask``, [batch, 1, 1, tokens]; how many."""
     mask = next((value for value in model.graph.inputs if value.name == "attention_mask"), None)
     if mask is None:
         return 0
@@ -37,7 +37,7 @@ def _replace(model: ir.Model, softmax: ir.Node, mask: ir.Value) -> bool:
     product = edit.only_reader(softmax.outputs[0])
     moved = edit.only_reader(product.outputs[0]) if product is not None and product.op_type == "MatMul" else None
     joined = edit.only_reader(moved.outputs[0]) if moved is not None and moved.op_type == "Transpose" else None
-    if product is None or joined is None or joined.op_type != "Reshape" or not _comes_from(bias, mask):
+    if product is None or joined is None or joined.op_type != "Reshape" or not _is_padding(bias, mask):
         return False
     sources = [
         _before_heads(scores.inputs[0], (0, 2, 1, 3)),
@@ -72,6 +72,12 @@ def _before_heads(value: ir.Value | None, order: tuple[int, ...]) -> ir.Value | 
     turn = edit.producer(value, "Transpose")
     split = edit.producer(turn.inputs[0], "Reshape") if turn is not None and edit.integers(turn, "perm") == order else None
     return split.inputs[0] if split is not None and edit.rank(split.inputs[0]) == 3 else None
+
+
+def _is_padding(bias: ir.Value | None, mask: ir.Value) -> bool:
+    """Whether the same is added for every query, and it depends on the padding alone: a causal mask has a row for each query."""
+    lengths = edit.shape(bias)
+    return lengths is not None and len(lengths) == 4 and lengths[1:3] == (1, 1) and _comes_from(bias, mask)
 
 
 def _comes_from(value: ir.Value | None, source: ir.Value) -> bool:
