@@ -45,9 +45,8 @@ def _move_up(model: ir.Model, gather: ir.Node) -> int:
     asked: dict[ir.Value, int | None] = {}  # the axis along which the first is wanted; None: all of it
 
     def ask(value: ir.Value, axis: int | None) -> None:
-        if not (
-            edit.producer(value, "DynamicQuantizeLinear") and value.index()
-        ):  # scale and zero point go with the integers, whose readers decide
+        # scale and zero point of a quantized activation go with its integers, whose readers decide
+        if not (edit.producer(value, "DynamicQuantizeLinear") and value.index()):
             asked[value] = axis if asked.get(value, axis) == axis else None
 
     for output in model.graph.outputs:
@@ -72,10 +71,6 @@ def _move_up(model: ir.Model, gather: ir.Node) -> int:
             value = node.inputs[i]
             if value is not None and edit.constant(value) is None:
                 ask(value, along)
-    # what the head reads may be read in full by others, too: such a node stays, and its readers slice
-    stays = [node for node in moved if any(asked.get(value) is None and value in asked for value in node.outputs)]
-    for node in stays:
-        del moved[node]
     if not moved:
         return 0
     sliced: dict[tuple[ir.Value, int], ir.Value] = {}
