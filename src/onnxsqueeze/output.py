@@ -12,7 +12,7 @@ from pathlib import Path
 from onnxsqueeze.artifact import file_sha256, folder_files, make_durable
 from onnxsqueeze.errors import UsageError
 from onnxsqueeze.results import RESULTS_FILE
-from onnxsqueeze.store import writing
+from onnxsqueeze.store import write_atomically, writing
 
 
 def check_writable(out: Path) -> None:
@@ -48,6 +48,17 @@ def publish(source: Path, folder: Path, beside: Mapping[str, bytes]) -> None:
             draft.rename(folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+
+
+def put_samples(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Leave exactly ``files`` (by their path below ``folder``'s parent) in ``folder``. Raises StoreError where the disk is full."""
+    with writing(folder.parent, f"write {folder.name}"):
+        folder.mkdir(exist_ok=True)
+        for old in folder.iterdir():
+            if f"{folder.name}/{old.name}" not in files:
+                old.unlink()
+        for name, content in files.items():
+            write_atomically(folder.parent / name, content)
 
 
 def _is_copy(folder: Path, source: Path, beside: Mapping[str, bytes]) -> bool:

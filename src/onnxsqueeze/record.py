@@ -10,7 +10,7 @@ import io
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel
@@ -57,6 +57,7 @@ class Made:
     problem: SqueezeError | None
 
 
+SAMPLES_FOLDER = "samples"  # below the output folder
 _CONTENT_VERSION = 1  # raise it when the same file is counted otherwise
 
 
@@ -113,6 +114,7 @@ class Measurer:
     ) -> None:
         self.store, self.teller, self.settings, self.info, self.dev = store, teller, settings, info, dev
         self.baselines, self.fresh = baselines, fresh
+        self.samples: dict[str, bytes] = {}  # file below the output folder → every run of one target at one shape
 
     def models(self, made: Sequence[Made]) -> str:
         """One digest for the set of models that this run shows on the dev set."""
@@ -290,12 +292,22 @@ class Measurer:
             kept = {name: None if self.fresh else self.store.measurement("latency", cause) for name, cause in causes.items()}
             lacking = [name for name, content in kept.items() if content is None]
             for name, result in self._measured_together(backend, by_name, lacking, base_name, shape, failed).items():
+                self.store.keep_measurement("samples", causes[name], _packed(result))  # first: a latency that is found has its samples
                 kept[name] = _timed(result).to_json()
                 self.store.keep_measurement("latency", causes[name], kept[name] or b"")
             for name, content in kept.items():
                 if content is not None:
-                    timed[name].append(_Timed.from_json(content))
+                    timed[name].append(self._with_samples(_Timed.from_json(content), name, shape, causes[name]))
         return timed
+
+    def _with_samples(self, timed: _Timed, name: str, shape: Shape, causes: Mapping[str, Any]) -> _Timed:
+        """The same, with the name of the file that keeps every run; its content goes into `samples`."""
+        content = self.store.measurement("samples", causes)
+        if content is None:
+            return timed
+        file = f"{SAMPLES_FOLDER}/{name}-{shape.batch}x{shape.sequence}x{shape.threads}.npz"
+        self.samples[file] = content
+        return replace(timed, latency=timed.latency.model_copy(update={"samples": file}))
 
     def _measured_together(
         self, backend: str, by_name: Mapping[str, Made], names: Sequence[str], base_name: str, shape: Shape, failed: dict[str, SqueezeError]
@@ -341,6 +353,15 @@ class Measurer:
             **environment.processors(),
             "threads": threads,
         }
+
+
+def _packed(result: LatencyResult) -> bytes:
+    """Every run in microseconds, one array a round, as a compressed .npz: ``blocks["arr_0"][runs] uint32``."""
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, *[np.rint(1000 * block).astype(np.uint32) for block in result.samples_ms])
+    return buffer.getvalue()
 
 
 def _timed(result: LatencyResult) -> _Timed:
