@@ -3,7 +3,7 @@
     python benchmarks/glue.py --data-dir glue --out reports/glue-2000 --train-rows 2000
     python benchmarks/glue.py --data-dir glue --out reports/glue-2000 --train-rows 2000 --scorer score_onnx.py
 
-Writes <out>/<task>/results.json and one report.md and report.html for all. What a scorer must be: `SCORER MODEL.onnx TOKENIZER.json TASK
+Writes <out>/<task>/results.json with its samples, and one report.md and report.html for all. What a scorer must be: `SCORER MODEL.onnx TOKENIZER.json TASK
 FILE.tsv --max-length N --batch N`, printing one JSON line with "metrics"; <out>/scorer.md says how far it and the records agree:
 accuracy within one row, F1 and Matthews within what one changed prediction can move them, correlations within 0.001. Exit 1 where not.
 """
@@ -43,6 +43,7 @@ def run(task: str, asked: argparse.Namespace) -> Path:
     kept = asked.out / task
     kept.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(out / "results.json", kept / "results.json")
+    shutil.copytree(out / "samples", kept / "samples", dirs_exist_ok=True)
     return Path(out)
 
 

@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 from rich.console import Console
 
 from onnxsqueeze.cli import app
+from onnxsqueeze.forms import FORMS
 from onnxsqueeze.measure.settings import MeasureSettings
 from onnxsqueeze.recipe import Gates, Recipe, Target, json_schema
 from onnxsqueeze.report.terminal import print_summary
@@ -142,12 +143,18 @@ def _recipe() -> str:
         parts.append(f"## {title}\n\n{_first(model)}{' ' + note if note else ''}\n\n{_table(model)}\n")
     parts.append("## Stages\n\nEvery stage takes `kind` and, where two of a chain are alike, `id`.\n\n")
     parts += [_stage(stage) for stage in get_args(get_args(AnyStage)[0])]
+    parts += ["## Forms of optimize-graph\n\n", "What each may do to the outputs of a float graph, and of a quantized one.\n\n"]
+    parts.append("| form | meaning | float | quantized |\n| --- | --- | --- | --- |\n")
+    for form in FORMS:
+        first = str(sys.modules[form.apply.__module__].__doc__).splitlines()[0]
+        parts.append(f"| `{form.name}` | {first.partition(': ')[2]} | {form.effect} | {form.quantized} |\n")
     return "".join(parts).rstrip() + "\n"
 
 
 def _stage(stage: type[Stage]) -> str:
     kind = get_args(stage.model_fields["kind"].annotation)[0]
-    flow = f"takes {' or '.join(stage.takes)}, gives {stage.gives}"
+    same = len(stage.takes) > 1 and all(stage.model_construct().given(state) == state for state in stage.takes)
+    flow = f"takes {' or '.join(stage.takes)}, gives {'the same' if same else stage.gives}"
     table = _table(stage, skip=("kind", "id"))
     return f"### {kind}\n\n{_first(stage)} ({flow})\n\n{table or 'No settings.'}\n"
 

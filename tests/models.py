@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from onnxsqueeze.artifact import Artifact, folder_digest
-from onnxsqueeze.stage import Changed, Context, Progress, Stage
+from onnxsqueeze.stage import Call, Changed, Context, Progress, Stage
 from onnxsqueeze.tasks.rows import Row, SplitRows, TaskInfo
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def toy_context(
         select=_metric(selection, outputs),
         seed=seed,
         threads=threads,
-        batch=1,
+        call=Call(batch=1, tokens=16, threads=1),
         checkpoint=checkpoint,
         progress=progress,
     )

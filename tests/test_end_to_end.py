@@ -97,7 +97,8 @@ def test_the_student_is_smaller_pruned_and_compared_with_the_untouched_teacher(q
     feed_forward = [w for w in rows["qdp-ort"].weights if w.class_ == "feed_forward"]
     assert sum(w.zeros for w in feed_forward) / sum(w.n for w in feed_forward) > 0.4
     assert [stage.kind for stage in rows["fp32"].stages] == ["finetune", "export"]
-    assert [stage.kind for stage in rows["qdp-ort"].stages] == ["finetune", "distill", "prune-weights", "export", "quantize-dynamic"]
+    chain = ["finetune", "distill", "prune-weights", "export", "quantize-dynamic", "optimize-graph"]
+    assert [stage.kind for stage in rows["qdp-ort"].stages] == chain
 
 
 def test_latency_is_measured_as_the_record_says(qdp: tuple[Outcome, list[str]]) -> None:
@@ -109,6 +110,11 @@ def test_latency_is_measured_as_the_record_says(qdp: tuple[Outcome, list[str]]) 
             assert latency.p99_ms is None or latency.n >= 459
             assert 0 < latency.min_ms <= latency.p50_ms <= latency.p90_ms <= latency.max_ms
             assert (latency.batch, latency.sequence, latency.threads) == (1, 32, 1)
+            with np.load(qdp[0].out / str(latency.samples)) as blocks:
+                runs = np.concatenate([blocks[name] for name in blocks])
+            assert len(runs) == latency.n
+            assert np.sort(runs)[(len(runs) + 1) // 2 - 1] / 1000 == pytest.approx(latency.p50_ms, abs=0.001)
+    assert len(list((qdp[0].out / "samples").iterdir())) == sum(target.status == "ok" for target in qdp[0].results.targets)
 
 
 def test_no_record_names_a_path_of_this_machine(qdp: tuple[Outcome, list[str]], place: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,8 +16,10 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from models import silent
+from onnxsqueeze.environment import default_threads
 from onnxsqueeze.errors import MeasureError, Unavailable
-from onnxsqueeze.measure.latency import P99_RUNS, ROUNDS, Candidate, LatencyResult, Runs, measure_latency, verdict
+from onnxsqueeze.measure.contention import OTHERS_SHARE, Reading, others_share, read
+from onnxsqueeze.measure.latency import P99_RUNS, REPEATS, ROUNDS, Candidate, LatencyResult, Runs, measure_latency, verdict
 from onnxsqueeze.measure.settings import MeasureSettings, Shape
 from test_backends import classifier
 
@@ -47,6 +52,8 @@ class Bench:
         self.sessions: list[Sleeper] = []
         self.told: list[tuple[int, int, str]] = []
         self.candidates, self.ms, self.now_ns, self.unrest = [], ms, 0, np.random.default_rng(0)
+        self.others: Callable[[], float] = lambda: 0.0
+        self.others_s, self.read_at = 0.0, 0.0
         for name in ms:
             (folder / name).mkdir(parents=True)
             (folder / name / "config.json").write_text(json.dumps(config if config is not None else {"vocab_size": 30}), encoding="utf-8")
@@ -61,7 +68,16 @@ class Bench:
         self.told.append((done, total, note))
 
     def measure(self, baseline: str | None, settings: MeasureSettings = QUICK, shape: Shape = SHAPE) -> dict[str, LatencyResult]:
-        return measure_latency(self.candidates, baseline, shape, settings, self.hear, opener=self.opener, clock=lambda: self.now_ns)
+        return measure_latency(
+            self.candidates, baseline, shape, settings, self.hear, opener=self.opener, clock=lambda: self.now_ns, reader=self.read
+        )
+
+    def read(self) -> Reading:
+        """Busy is what sleepers slept, and ``others`` of one second in every second besides."""
+        seconds = self.now_ns / 1e9
+        self.others_s += self.others() * (seconds - self.read_at)
+        self.read_at = seconds
+        return Reading(seconds, seconds + self.others_s, seconds)
 
 
 def test_a_slower_and_a_faster_model_are_found_with_the_right_ratio(tmp_path: Path) -> None:
@@ -137,7 +153,7 @@ def test_the_limit_of_p99_is_exact() -> None:
 
     def p99(n: int) -> float | None:
         blocks = tuple(np.array_split(np.arange(1.0, n + 1), ROUNDS))
-        return _latency(blocks, SHAPE, 0.1, 1.0, 5, True).p99_ms
+        return _latency(blocks, SHAPE, 0.1, 1.0, 5, True, {"repeated_blocks": 0, "disturbed_blocks": 0}).p99_ms
 
     assert p99(458) is None
     assert p99(459) == 455  # ceil(0.99 · 459)
@@ -154,6 +170,54 @@ def test_a_machine_that_slows_down_half_way_proves_nothing(tmp_path: Path) -> No
     assert not found["base"].latency.valid
     assert found["other"].verdict == "unproven"
     assert found["other"].speedup == pytest.approx(3.0, rel=0.05)
+
+
+def test_a_block_that_others_disturbed_is_run_again_and_counts_no_more(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, base=10.0, other=5.0)
+    noisy = iter([False] * 9 + [True] * 3)  # the reading at a block's end: two a block
+    bench.others = lambda: 2.0 if next(noisy, False) else 0.0
+    found = bench.measure("base")
+
+    assert found["base"].latency.repeated_blocks + found["other"].latency.repeated_blocks in (1, 2)
+    for result in found.values():
+        assert result.latency.disturbed_blocks == 0
+        assert result.latency.valid
+        assert len(result.samples_ms) == ROUNDS
+
+
+def test_others_that_never_rest_make_the_latency_invalid_and_end_the_repetitions(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, base=10.0, other=5.0)
+    bench.others = lambda: 2.0
+    found = bench.measure("base")
+
+    assert sum(result.latency.repeated_blocks for result in found.values()) == (REPEATS - 1) * ROUNDS * 2
+    assert found["other"].verdict == "unproven"
+    assert found["other"].speedup == pytest.approx(2.0, rel=0.05)
+    for result in found.values():
+        assert not result.latency.valid
+        assert result.latency.disturbed_blocks > 0
+
+
+def test_a_real_neighbour_is_noticed_and_a_quiet_span_is_not_blamed() -> None:
+    def span(seconds: float) -> float:
+        before, began = read(), time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            pass
+        return others_share(before, read(), default_threads())
+
+    busy = [sys.executable, "-c", "while True: pass"]
+    neighbours = [subprocess.Popen(busy) for _ in range(default_threads())]
+    try:
+        time.sleep(0.2)
+        shares = [span(0.4) for _ in range(3)]
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.wait()
+    assert min(shares) > OTHERS_SHARE
+    before = read()
+    assert others_share(before, before, 2) == 0.0
+    assert others_share(None, before, 2) == 0.0
 
 
 def test_warm_up_ends_when_two_windows_agree(tmp_path: Path) -> None:

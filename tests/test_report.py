@@ -13,12 +13,13 @@ import pytest
 from rich.console import Console
 
 from onnxsqueeze.errors import StoreError
+from onnxsqueeze.report.details import run_grids
 from onnxsqueeze.report.markdown import markdown
 from onnxsqueeze.report.summary import Row, tables, useless_zeros
 from onnxsqueeze.report.terminal import print_summary
 from onnxsqueeze.report.write import write_reports
 from onnxsqueeze.results import Gate, Results, Target, WeightClass
-from records import cpu_targets, drop, latency, measured, qdp_results, versus, weights
+from records import cpu_targets, drop, latency, measured, qdp_results, stage, versus, weights
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -263,3 +264,22 @@ def test_a_gate_on_a_rise_is_passed_by_the_whole_distance() -> None:
     gate = row_of(qdp_results(targets=(target,)), "t").gates[0]
     assert (gate.value, gate.verdict) == ("−1.25", "passed by 3.25")
     assert row_of(only(target, gates=drop(-0.0)), "t").gates[0].value == "0.00"
+
+
+def test_every_trial_of_a_tuning_is_drawn_with_what_its_graph_lacked() -> None:
+    trials = [
+        {"round": 1, "forms": ["a", "b"], "p50_ms": 10.0, "speedup": None, "speedup_ci95": None, "verdict": "tie"},
+        {"round": 1, "forms": [], "p50_ms": 12.0, "speedup": 0.833, "speedup_ci95": [0.82, 0.84], "verdict": "slower"},
+        {"round": 1, "forms": ["a"], "p50_ms": 9.5, "speedup": 1.053, "speedup_ci95": [1.04, 1.06], "verdict": "faster"},
+    ]
+    tuned = stage("optimize-graph", "optimize-graph", 9.1, 80, "places", trials=trials)
+    target = next(t for t in cpu_targets() if t.name == "qdp-ort")
+    results = qdp_results(targets=(target.model_copy(update={"stages": (*target.stages, tuned)}),))
+    grid = next(grid for grid in run_grids(results) if grid.title == "Tuning")
+    assert [row[2:] for row in grid.rows] == [
+        ("all forms", "10.0", "–"),
+        ("the parent, no form", "12.0", "0.833 [0.820, 0.840]"),
+        ("without b", "9.50", "1.053 [1.040, 1.060]"),
+    ]
+    assert "Tuning" in markdown([results])
+    assert "Tuning" not in markdown([qdp_results()])

@@ -198,6 +198,36 @@ def report(
     typer.echo(f"wrote {output}")
 
 
+@app.command(
+    epilog="Examples:\n\n  onnxsqueeze verify runs/qdp-toy/qdp-ort                     files, outputs, latency, metric\n\n"
+    "  onnxsqueeze verify runs/qdp-sst2/qdp-ort --data-dir glue/   with the metric on GLUE's dev file\n\n"
+    "Exit codes: 0 as recorded, 1 other files or other outputs, 3 slower or worse than recorded."
+)
+def verify(
+    target: Annotated[
+        Path, typer.Argument(metavar="FILE_OR_TARGET_DIR", help="A target's folder below --out, or its model.onnx", show_default=False)
+    ],
+    *,
+    data_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of GLUE files: compares the metric, too", show_default=False)
+    ] = None,
+) -> None:
+    """Replay the sentences that a run kept beside a model, and compare outputs, latency and metric with the record."""
+    from onnxsqueeze.console import Watcher
+    from onnxsqueeze.verify import verify as findings
+
+    marks = {True: "ok", False: "FAILED", None: "note"}
+    failed = set()
+    with Watcher() as watcher:
+        for finding in findings(target, data_dir=data_dir, progress=watcher.begin(f"verify {target.name}")):
+            watcher.end(f"{finding.what}: looked at")
+            typer.echo(f"{marks[finding.passed]:<7}{finding.what}: {finding.text}")
+            watcher.begin(f"verify {target.name}")
+            if finding.passed is False:
+                failed.add(finding.exit_code)
+    raise typer.Exit(min(failed, default=0))
+
+
 @app.command(epilog="Example:\n\n  onnxsqueeze doctor")
 def doctor() -> None:
     """Show versions, CPU features, the cores this process may use, and the providers that really start a session."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from onnxsqueeze.artifact import folder_digest, folder_files, make_durable
+from onnxsqueeze.artifact import file_sha256, folder_files, make_durable
 from onnxsqueeze.errors import UsageError
 from onnxsqueeze.results import RESULTS_FILE
-from onnxsqueeze.store import writing
+from onnxsqueeze.store import write_atomically, writing
 
 
 def check_writable(out: Path) -> None:
@@ -24,9 +25,12 @@ def check_writable(out: Path) -> None:
         raise UsageError(f"output folder {out}: cannot be written to: {error.strerror}", remedy="name another with --out DIR") from error
 
 
-def publish(source: Path, folder: Path) -> None:
-    """Put a copy of a model folder at ``folder``, whole or not at all. Raises StoreError where the disk is full or read-only."""
-    if folder.is_dir() and folder_digest(folder) == folder_digest(source):
+def publish(source: Path, folder: Path, beside: Mapping[str, bytes]) -> None:
+    """Put a copy of a model folder at ``folder`` with the files ``beside`` it, whole or not at all.
+
+    Raises StoreError where the disk is full or read-only.
+    """
+    if folder.is_dir() and _is_copy(folder, source, beside):
         return
     with writing(folder.parent, f"write {folder.name}"):
         draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
@@ -36,12 +40,31 @@ def publish(source: Path, folder: Path) -> None:
                 copy = draft / file.relative_to(source)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
+            for name, content in beside.items():
+                (draft / name).write_bytes(content)
             make_durable(draft)
             if folder.exists():
                 shutil.rmtree(folder)
             draft.rename(folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+
+
+def put_samples(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Leave exactly ``files`` (by their path below ``folder``'s parent) in ``folder``. Raises StoreError where the disk is full."""
+    with writing(folder.parent, f"write {folder.name}"):
+        folder.mkdir(exist_ok=True)
+        for old in folder.iterdir():
+            if f"{folder.name}/{old.name}" not in files:
+                old.unlink()
+        for name, content in files.items():
+            write_atomically(folder.parent / name, content)
+
+
+def _is_copy(folder: Path, source: Path, beside: Mapping[str, bytes]) -> bool:
+    there = {file.relative_to(folder).as_posix(): file_sha256(file) for file in folder_files(folder)}
+    wanted = {file.relative_to(source).as_posix(): file_sha256(file) for file in folder_files(source)}
+    return there == wanted | {name: hashlib.sha256(content).hexdigest() for name, content in beside.items()}
 
 
 def remove_stale(out: Path, keep: Iterable[str]) -> None:

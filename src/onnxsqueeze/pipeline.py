@@ -14,10 +14,11 @@ from typing import Protocol
 from onnxsqueeze import backends, environment, graph
 from onnxsqueeze.artifact import Artifact
 from onnxsqueeze.errors import GateMissed, SqueezeError, StageError, StoreError, Unavailable
-from onnxsqueeze.output import check_writable, publish, remove_stale
+from onnxsqueeze.measure.golden import GOLDEN_FILE
+from onnxsqueeze.output import check_writable, publish, put_samples, remove_stale
 from onnxsqueeze.plan import Branch, Step
 from onnxsqueeze.prepare import Prepared, Request, command_of
-from onnxsqueeze.record import Made, Measurer
+from onnxsqueeze.record import SAMPLES_FOLDER, Made, Measurer
 from onnxsqueeze.report.write import write_reports
 from onnxsqueeze.results import RESULTS_FILE, Results, Split, StageRecord, Target, TaskRecord
 from onnxsqueeze.stage import Changed, Context, Progress
@@ -125,7 +126,7 @@ class _Maker:
             select=lambda logits: primary(task.info, logits, labels),
             seed=self.prepared.seed,
             threads=self.prepared.threads,
-            batch=self.prepared.loaded.recipe.measure.batch,
+            call=self.prepared.loaded.recipe.measure.call,
             checkpoint=checkpoint,
             progress=progress,
         )
@@ -202,9 +203,13 @@ def _measure(prepared: Prepared, store: Store, watcher: Watcher, maker: _Maker, 
         threads=prepared.threads,
     )
     remove_stale(prepared.out, [one.branch.target.name for one in made if one.artifact])
+    measured = {target.name for target in targets if target.status == "ok"}
     for one in made:
         if one.artifact:
-            publish(one.artifact.path, prepared.out / one.branch.target.name)
+            name = one.branch.target.name
+            beside = {GOLDEN_FILE: measurer.golden(one).to_json().encode()} if name in measured else {}
+            publish(one.artifact.path, prepared.out / name, beside)
+    put_samples(prepared.out / SAMPLES_FOLDER, measurer.samples)
     write_atomically(prepared.out / RESULTS_FILE, results.to_json().encode())
     write_reports([results], prepared.out)
     return Outcome(results, prepared.out, tuple(_problems(prepared.request, targets)))

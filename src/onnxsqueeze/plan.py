@@ -7,7 +7,7 @@ versions of the tools that can change the bytes. So a dry run sees through stage
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -159,6 +159,8 @@ class _Planner:
             causes["seed"] = self.seed
         if stage.machine_bound():
             causes["machine"] = self._machine
+        if stage.timed():
+            causes["call"] = asdict(self.loaded.recipe.measure.call)
         return Step(stage, key_of(causes), parent, teacher, has_teacher, causes)
 
     def _headless(self, stage: Stage, place: Place) -> Fault:

@@ -22,7 +22,7 @@ from onnxsqueeze.tasks.settings import NAMES, TaskSettings
 MODEL = "model"  # what `after:` and `teacher:` call the checkpoint that the run starts from
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
-_FILES_OF_A_RUN = ("results.json", "report.md", "report.html")
+_FILES_OF_A_RUN = ("results.json", "report.md", "report.html", "samples")
 
 
 class _Part(BaseModel):
@@ -221,7 +221,7 @@ def _check_chain(
         ):
             yield loaded.fault(here, f"{stage.kind} learns from a teacher, but finetune stands below it; move finetune above it")
         names.append(stage.name)
-        state = stage.gives
+        state = stage.given(state)
 
 
 _STATE_WORDS: dict[State, str] = {

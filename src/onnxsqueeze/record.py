@@ -10,7 +10,7 @@ import io
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel
@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from onnxsqueeze import backends, environment, graph, weights
 from onnxsqueeze.artifact import MODEL_FILE, Artifact
 from onnxsqueeze.errors import MeasureError, SqueezeError, Unavailable, without_paths
+from onnxsqueeze.measure.golden import Golden, answers
 from onnxsqueeze.measure.latency import Candidate, LatencyResult, measure_latency
 from onnxsqueeze.measure.metric import compare, evaluate, predict, quality
 from onnxsqueeze.measure.settings import MeasureSettings, Shape
@@ -56,6 +57,7 @@ class Made:
     problem: SqueezeError | None
 
 
+SAMPLES_FOLDER = "samples"  # below the output folder
 _CONTENT_VERSION = 1  # raise it when the same file is counted otherwise
 
 
@@ -112,6 +114,7 @@ class Measurer:
     ) -> None:
         self.store, self.teller, self.settings, self.info, self.dev = store, teller, settings, info, dev
         self.baselines, self.fresh = baselines, fresh
+        self.samples: dict[str, bytes] = {}  # file below the output folder → every run of one target at one shape
 
     def models(self, made: Sequence[Made]) -> str:
         """One digest for the set of models that this run shows on the dev set."""
@@ -256,6 +259,22 @@ class Measurer:
             found[split.name] = np.load(io.BytesIO(kept), allow_pickle=False)
         return found
 
+    def golden(self, one: Made) -> Golden:
+        """What the target says to a few generated sentences, for `onnxsqueeze verify`."""
+        assert one.artifact is not None  # noqa: S101  # callers pass targets that were measured
+        pairs = self.dev[0].rows[0].text_pair is not None
+        causes = self._causes(one.branch.backend, one.artifact, threads=self.settings.threads) | {
+            "max_length": self.info.max_length,
+            "pairs": pairs,
+            "version": Golden.model_fields["version"].default,
+        }
+        kept = None if self.fresh else self.store.measurement("golden", causes)
+        if kept is not None:
+            return Golden.model_validate_json(kept)
+        found = answers(one.artifact.path, one.branch.backend, self.settings.threads, self.info.max_length, pairs=pairs)
+        self.store.keep_measurement("golden", causes, found.model_dump_json().encode())
+        return found
+
     # ── latency ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _latency(self, backend: str, ready: Sequence[Made], failed: dict[str, SqueezeError]) -> dict[str, list[_Timed]]:
@@ -273,12 +292,22 @@ class Measurer:
             kept = {name: None if self.fresh else self.store.measurement("latency", cause) for name, cause in causes.items()}
             lacking = [name for name, content in kept.items() if content is None]
             for name, result in self._measured_together(backend, by_name, lacking, base_name, shape, failed).items():
+                self.store.keep_measurement("samples", causes[name], _packed(result))  # first: a latency that is found has its samples
                 kept[name] = _timed(result).to_json()
                 self.store.keep_measurement("latency", causes[name], kept[name] or b"")
             for name, content in kept.items():
                 if content is not None:
-                    timed[name].append(_Timed.from_json(content))
+                    timed[name].append(self._with_samples(_Timed.from_json(content), name, shape, causes[name]))
         return timed
+
+    def _with_samples(self, timed: _Timed, name: str, shape: Shape, causes: Mapping[str, Any]) -> _Timed:
+        """The same, with the name of the file that keeps every run; its content goes into `samples`."""
+        content = self.store.measurement("samples", causes)
+        if content is None:
+            return timed
+        file = f"{SAMPLES_FOLDER}/{name}-{shape.batch}x{shape.sequence}x{shape.threads}.npz"
+        self.samples[file] = content
+        return replace(timed, latency=timed.latency.model_copy(update={"samples": file}))
 
     def _measured_together(
         self, backend: str, by_name: Mapping[str, Made], names: Sequence[str], base_name: str, shape: Shape, failed: dict[str, SqueezeError]
@@ -324,6 +353,15 @@ class Measurer:
             **environment.processors(),
             "threads": threads,
         }
+
+
+def _packed(result: LatencyResult) -> bytes:
+    """Every run in microseconds, one array a round, as a compressed .npz: ``blocks["arr_0"][runs] uint32``."""
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, *[np.rint(1000 * block).astype(np.uint32) for block in result.samples_ms])
+    return buffer.getvalue()
 
 
 def _timed(result: LatencyResult) -> _Timed:

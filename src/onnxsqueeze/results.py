@@ -78,7 +78,10 @@ class Latency(_Part):
     max_ms: float
     warmup: int = Field(description="Runs before the first counted one")
     steady: bool = Field(description="False where the warm-up ended at its bound")
-    valid: bool = True
+    valid: bool = Field(default=True, description="False where others disturbed a block to the end, or the times drifted")
+    repeated_blocks: int = Field(0, description="Blocks run again because others took more than 5 % of the cores")
+    disturbed_blocks: int = Field(0, description="Blocks of the 20 in which they still did when no repetition was left")
+    samples: str | None = Field(None, description="Every run in microseconds, one array a round: a compressed .npz beside results.json")
     date: str = Field(description="UTC day of the measurement; older than the run where the store had it")
 
 

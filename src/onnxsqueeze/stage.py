@@ -43,6 +43,15 @@ class Changed:
 
 
 @dataclass(frozen=True)
+class Call:
+    """The call that the finished model will serve: the shape that the recipe measures."""
+
+    batch: int
+    tokens: int
+    threads: int
+
+
+@dataclass(frozen=True)
 class Context:
     """Everything a stage may use besides its parent and teacher. It holds no dev rows.
 
@@ -57,7 +66,7 @@ class Context:
     select: Callable[[NDArray[np.float32]], float]
     seed: int
     threads: int
-    batch: int  # rows a call at which the model will be served
+    call: Call
     checkpoint: Path
     progress: Progress
 
@@ -85,6 +94,14 @@ class Stage(BaseModel):
 
     def machine_bound(self) -> bool:
         """True where the bytes depend on the CPU (bf16 training, tuned graphs): CPU model, instruction set and threads join the key."""
+        return False
+
+    def given(self, state: State) -> State:  # noqa: ARG002  # for those who override it
+        """What lies behind this stage where ``state`` lies before it."""
+        return self.gives
+
+    def timed(self) -> bool:
+        """True where the bytes depend on times at the measured shape: that shape joins the key."""
         return False
 
     def refuses(self, backend: str) -> str | None:  # noqa: ARG002  # for those who override it

@@ -8,8 +8,10 @@ For one shape, with all sessions open:
     rounds   20 rounds; in each, every model runs one block. A block begins with one run that is not counted (the model before it left
              its weights in the caches) and lasts 1/20 of what settings ask for in runs *and* seconds. The order is drawn anew for
              each cycle and turned by one place each round, so that every model stands equally often in every place.
+    quiet    a block in which others took more than 5 % of the cores is run again, until the blocks are three times as many as planned;
+             what is left disturbed then is counted, and makes the latency invalid
     ratio    median of the baseline ÷ median of the target, with an interval that resamples rounds
-    valid    the medians of the first and of the second ten rounds are within 25 % of each other
+    valid    no block was disturbed, and the medians of the first and of the second ten rounds are within 25 % of each other
     verdict  faster or slower where the whole interval lies on one side of 1 and the ratio is beyond 2 %; else a tie
 """
 
@@ -19,13 +21,15 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from onnxsqueeze import backends
+from onnxsqueeze.environment import default_threads
 from onnxsqueeze.errors import MeasureError
+from onnxsqueeze.measure.contention import OTHERS_SHARE, Reading, others_share, read
 from onnxsqueeze.measure.settings import MeasureSettings, Shape
 from onnxsqueeze.results import Latency
 from onnxsqueeze.stage import Progress
@@ -43,6 +47,7 @@ ROUNDS = 20
 P99_RUNS = 459  # 0.99^459 < 0.01: so many runs have one beyond the 99 % point with 99 % probability
 TIE_RATIO = 1.02  # two sessions of one file differ by 1 or 2 %: where their memory lies, how it is aligned
 DRIFT_RATIO = 1.25  # the medians of the first and the second half of the rounds may differ by this much
+REPEATS = 3  # planned and repeated blocks together are at most this many times the planned ones
 _WINDOW_RUNS, _WINDOW_MS = 5, 50.0
 _STEADY_RATIO, _WARMUP_MS = 1.03, 2_000.0
 _SEED = 0
@@ -99,6 +104,7 @@ def measure_latency(
     *,
     opener: Opener = _open,
     clock: Callable[[], int] = time.perf_counter_ns,
+    reader: Callable[[], Reading | None] = read,
 ) -> dict[str, LatencyResult]:
     """Time all ``candidates`` at one shape, interleaved; per name its latency and its ratio to the one named ``baseline``.
 
@@ -117,16 +123,24 @@ def measure_latency(
         for done, (name, watch) in enumerate(watches.items()):
             progress(done, total, f"warming up {name}")
             warm[name] = watch.warm_up()
-        samples: dict[str, list[NDArray[np.float64]]] = {name: [] for name in watches}
+        samples: dict[str, list[_Block]] = {name: [] for name in watches}
+        cores, spare = default_threads(), (REPEATS - 1) * ROUNDS * len(watches)
         for done, name in enumerate(_order(list(watches)), start=len(watches)):
             progress(done, total, name)
-            samples[name].append(watches[name].block(settings))
+            block = watches[name].block(settings, reader, cores)
+            while block.others > OTHERS_SHARE and spare:
+                spare -= 1
+                block = replace(watches[name].block(settings, reader, cores), repeats=block.repeats + 1)
+            samples[name].append(block)
         progress(total, total)
     finally:
         for watch in watches.values():
             watch.session.close()
-    blocks = {name: tuple(found) for name, found in samples.items()}
-    latencies = {name: _latency(blocks[name], shape, watch.session.load_s, first_ms[name], *warm[name]) for name, watch in watches.items()}
+    blocks = {name: tuple(block.times_ms for block in found) for name, found in samples.items()}
+    latencies = {
+        name: _latency(blocks[name], shape, watch.session.load_s, first_ms[name], *warm[name], _unrest(samples[name]))
+        for name, watch in watches.items()
+    }
     return {name: _result(name, baseline, latencies, blocks) for name in watches}
 
 
@@ -148,7 +162,32 @@ def _result(name: str, baseline: str | None, latencies: Mapping[str, Latency], b
     return LatencyResult(latencies[name], speedup, interval, verdict(speedup, interval) if proven else "unproven", blocks[name])
 
 
-def _latency(blocks: Blocks, shape: Shape, load_s: float, first_run_ms: float, warmup: int, steady: bool) -> Latency:  # noqa: FBT001  # a fact, not a switch
+@dataclass(frozen=True)
+class _Block:
+    """One block's runs, the part of the cores that others took meanwhile, and how often it was run again for that."""
+
+    times_ms: NDArray[np.float64]
+    others: float
+    repeats: int = 0
+
+
+def _unrest(blocks: Sequence[_Block]) -> dict[str, int]:
+    """The two counts of a record: blocks that were run again, and blocks that others disturbed all the same."""
+    return {
+        "repeated_blocks": sum(block.repeats for block in blocks),
+        "disturbed_blocks": sum(block.others > OTHERS_SHARE for block in blocks),
+    }
+
+
+def _latency(
+    blocks: Blocks,
+    shape: Shape,
+    load_s: float,
+    first_run_ms: float,
+    warmup: int,
+    steady: bool,  # noqa: FBT001  # a fact, not a switch
+    unrest: Mapping[str, int],
+) -> Latency:
     import numpy as np
 
     from onnxsqueeze.measure.statistics import nearest_rank
@@ -169,8 +208,9 @@ def _latency(blocks: Blocks, shape: Shape, load_s: float, first_run_ms: float, w
         max_ms=float(runs.max()),
         warmup=warmup,
         steady=steady,
-        valid=max(halves) <= DRIFT_RATIO * min(halves),
+        valid=max(halves) <= DRIFT_RATIO * min(halves) and not unrest["disturbed_blocks"],
         date=datetime.now(UTC).date().isoformat(),
+        **unrest,
     )
 
 
@@ -225,15 +265,17 @@ class _Stopwatch:
                     return runs, False
             before = now
 
-    def block(self, settings: MeasureSettings) -> NDArray[np.float64]:
-        """The runs of one block, without its first one and without garbage collection."""
+    def block(self, settings: MeasureSettings, reader: Callable[[], Reading | None], cores: int) -> _Block:
+        """The runs of one block, without its first one and without garbage collection, and what others took of ``cores`` meanwhile."""
         import numpy as np
 
         collecting = gc.isenabled()
         gc.disable()
         try:
             self.session.run(self.feed)
-            return np.array(self.runs_ms(-(-settings.min_runs // ROUNDS), 1000 * settings.min_seconds / ROUNDS))
+            before = reader()
+            times = np.array(self.runs_ms(-(-settings.min_runs // ROUNDS), 1000 * settings.min_seconds / ROUNDS))
+            return _Block(times, others_share(before, reader(), cores))
         finally:
             if collecting:
                 gc.enable()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from onnxsqueeze.stage import Call
+
 
 class Shape(BaseModel):
     """The shape of one call and the threads it may use."""
@@ -37,3 +39,8 @@ class MeasureSettings(BaseModel):
     def shape(self) -> Shape:
         """The shape that decides."""
         return Shape(batch=self.batch, sequence=self.sequence, threads=self.threads)
+
+    @property
+    def call(self) -> Call:
+        """The same, for stages."""
+        return Call(self.batch, self.sequence, self.threads)

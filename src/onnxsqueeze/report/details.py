@@ -74,6 +74,7 @@ def run_grids(results: Results) -> list[Grid]:
         _splits(results),
         _environment(results),
         _weights(measured),
+        _trials(measured),
         _stages(results),
         _operators(measured),
         _files(measured),
@@ -232,6 +233,23 @@ def _outcome(stage: StageRecord) -> tuple[str, str]:
     text = _joined(f"{whole(count)} {what}" if isinstance(count, int) else "", _json(details) if details else "", between=": ")
     text = text if len(text) <= _DETAIL_CHARACTERS else f"{text[: _DETAIL_CHARACTERS - 1]}…"
     return seconds(stage.seconds), f"{text} (from the store)" if stage.reused else text
+
+
+def _trials(targets: Sequence[Target]) -> Grid:
+    """What tuning measured: each graph beside the one with all forms of its round."""
+    rows = []
+    for target in targets:
+        for stage in target.stages:
+            trials = (stage.changed.get("details") or {}).get("trials") or []
+            for trial in trials:
+                everything = next(t["forms"] for t in trials if t["round"] == trial["round"])
+                missing = [name for name in everything if name not in trial["forms"]]
+                what = "all forms" if not missing else "the parent, no form" if not trial["forms"] else f"without {', '.join(missing)}"
+                ci = trial["speedup_ci95"]
+                ratio = f"{trial['speedup']:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else MISSING
+                rows.append((target.name, str(trial["round"]), what, milliseconds(trial["p50_ms"]), ratio))
+    note = "Times of graphs measured in turns; × faster is against all forms of the same round. The form whose absence helps most goes, then the rest is tried again."
+    return _grid("Tuning", "Target|#Round|Graph|#p50, ms|#× faster [95 %]", rows, note=note, secondary=True)
 
 
 def _operators(targets: Sequence[Target]) -> Grid:

@@ -211,7 +211,9 @@ def _warnings(target: Target, gates: Sequence[GateLine]) -> list[str]:
     if target.vs_baseline and target.vs_baseline.speed == "slower":
         lines.append(f"slower than its baseline {target.vs_baseline.baseline}")
     if target.latency and not target.latency.valid:
-        lines.append("its latency is not valid (the times drifted): no ratio is proven")
+        disturbed = target.latency.disturbed_blocks
+        why = f"others used the CPU in {disturbed} of its 20 blocks" if disturbed else "the times drifted"
+        lines.append(f"its latency is not valid ({why}): no ratio is proven")
     return lines
 
 

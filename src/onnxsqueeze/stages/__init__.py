@@ -10,6 +10,7 @@ from onnxsqueeze.stages.distill import Distill
 from onnxsqueeze.stages.export import Export
 from onnxsqueeze.stages.finetune import Finetune
 from onnxsqueeze.stages.float16 import Float16
+from onnxsqueeze.stages.optimize_graph import OptimizeGraph
 from onnxsqueeze.stages.prune_weights import PruneWeights
 from onnxsqueeze.stages.quantize_dynamic import QuantizeDynamic
 from onnxsqueeze.stages.quantize_inc import QuantizeInc
@@ -17,7 +18,7 @@ from onnxsqueeze.stages.quantize_static import QuantizeStatic
 from onnxsqueeze.stages.quantize_weights import QuantizeWeights
 
 AnyStage = Annotated[
-    Finetune | Distill | PruneWeights | Export | QuantizeDynamic | QuantizeStatic | QuantizeWeights | QuantizeInc | Float16,
+    Finetune | Distill | PruneWeights | Export | QuantizeDynamic | QuantizeStatic | QuantizeWeights | QuantizeInc | OptimizeGraph | Float16,
     Field(discriminator="kind"),
 ]
 
@@ -27,6 +28,7 @@ __all__ = [
     "Export",
     "Finetune",
     "Float16",
+    "OptimizeGraph",
     "PruneWeights",
     "QuantizeDynamic",
     "QuantizeInc",

@@ -60,18 +60,22 @@ def input_names(model: Path) -> list[str]:
     return [name for name, (side, _) in graph.signature(model).items() if side == "input"]
 
 
-def session(model: Path, threads: int) -> ort.InferenceSession:
-    """A CPU session with default optimizations on ``threads`` threads."""
+def session(model: Path, threads: int, *, optimized: bool = True) -> ort.InferenceSession:
+    """A CPU session on ``threads`` threads, with default optimizations or with none."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors only
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 
-def logits(model: Path, batches: Sequence[dict[str, NDArray[np.int64]]], threads: int) -> list[NDArray[np.float32]]:
+def logits(
+    model: Path, batches: Sequence[dict[str, NDArray[np.int64]]], threads: int, *, optimized: bool = True
+) -> list[NDArray[np.float32]]:
     """The first output of ``model`` for every batch, ``[batch, outputs]``; inputs that it does not have are left out."""
     names = input_names(model)
-    running = session(model, threads)
+    running = session(model, threads, optimized=optimized)
     return [running.run(None, {name: batch[name] for name in names})[0] for batch in batches]

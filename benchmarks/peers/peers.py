@@ -1,0 +1,313 @@
+"""The same MiniLM-L6 in int8 by six makers, timed in turns on this machine; `ours` is what a stock ONNX Runtime session makes of our file.
+
+    python benchmarks/peers/peers.py --out reports/backends
+
+Makes what it needs below --work: the run of peers.yaml (`fp32`, `int8` = export + quantize_dynamic, `ours`), the usual advice
+(onnxruntime.transformers' optimizer, then quantize_dynamic), optimum's avx512_vnni preset, OpenVINO with NNCF's post-training int8, CTranslate2's int8,
+the last two in environments of their own. Every engine runs in a process of its own (engine.py) and idles while another is timed.
+Writes <out>/peers.json and <out>/peers.md. A peer that cannot be made is a row "skipped" with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxsqueeze import environment
+from onnxsqueeze.measure.statistics import nearest_rank, ratio_of_medians_interval
+from onnxsqueeze.results import read_results
+from onnxsqueeze.store import Store
+from onnxsqueeze.tasks.toy import toy_rows
+from onnxsqueeze.tokens import Encoder
+
+HERE = Path(__file__).parent
+ROUNDS = 20
+SHAPES = ((1, 128, 1), (1, 32, 1), (8, 128, 2))  # batch, tokens, threads
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An engine and its model; ``python`` runs engine.py, ``reason`` says why there is none."""
+
+    name: str
+    what: str
+    engine: str = "onnxruntime"
+    model: Path | None = None
+    python: Path = Path(sys.executable)
+    reason: str | None = None
+
+
+def environment_with(work: Path, name: str, *packages: str) -> Path:
+    """The Python of an environment that has ``packages``; made where it is not there."""
+    place = work / f"env-{name}"
+    python = place / "bin" / "python"
+    if not (place / ".ready").exists():
+        venv.create(place, with_pip=True, clear=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
+        (place / ".ready").touch()
+    return python
+
+
+def usual_advice(fp32: Path, out: Path) -> Path:
+    """BERT's fusions by onnxruntime.transformers, then quantize_dynamic per tensor."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.transformers import optimizer
+
+    out.mkdir(parents=True, exist_ok=True)
+    optimizer.optimize_model(str(fp32), "bert", num_heads=12, hidden_size=384).save_model_to_file(str(out / "fused.onnx"))
+    extra = {"DefaultTensorType": onnx.TensorProto.FLOAT}
+    quantize_dynamic(out / "fused.onnx", out / "model.onnx", weight_type=QuantType.QInt8, extra_options=extra)
+    return out / "model.onnx"
+
+
+def optimum_preset(fp32: Path, out: Path) -> Path:
+    """Optimum's dynamic avx512_vnni preset on the export."""
+    from optimum.onnxruntime import ORTQuantizer
+    from optimum.onnxruntime.configuration import AutoQuantizationConfig
+
+    quantizer = ORTQuantizer.from_pretrained(fp32.parent, file_name=fp32.name)
+    preset = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=False)
+    quantizer.quantize(save_dir=out, quantization_config=preset, file_suffix="")
+    return out / "model.onnx"
+
+
+_NNCF = """
+import sys, nncf, openvino as ov, numpy as np
+model, rows, out = ov.Core().read_model(sys.argv[1]), np.load(sys.argv[2]), sys.argv[3]
+feeds = [dict(zip(("input_ids", "attention_mask", "token_type_ids"), (r[None], np.ones_like(r[None]), np.zeros_like(r[None])))) for r in (rows[k] for k in rows)]
+ov.save_model(nncf.quantize(model, nncf.Dataset(feeds), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(feeds)), out, compress_to_fp16=False)
+"""
+
+
+def openvino_int8(fp32: Path, rows: Path, out: Path, python: Path) -> Path:
+    """NNCF's post-training quantization for transformers, calibrated on sentences of the toy grammar."""
+    out.mkdir(parents=True, exist_ok=True)
+    subprocess.run([python, "-c", _NNCF, fp32, rows, out / "model.xml"], check=True, capture_output=True)
+    return out / "model.xml"
+
+
+_CONVERT = """
+import sys, ctranslate2.converters as c
+c.TransformersConverter(sys.argv[1]).convert(sys.argv[2], quantization="int8", force=True)
+"""
+
+
+def ctranslate2_int8(checkpoint: Path, out: Path, python: Path) -> Path:
+    """The encoder by CTranslate2's converter, which borrows transformers from our environment; the head beside it."""
+    from safetensors.numpy import load_file
+
+    site = next(path for path in sys.path if path.endswith("site-packages"))
+    encoder = out.parent / "encoder"
+    encoder.mkdir(parents=True, exist_ok=True)
+    config = json.loads((checkpoint / "config.json").read_text()) | {"architectures": ["BertModel"]}
+    (encoder / "config.json").write_text(json.dumps(config))
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        if (checkpoint / name).is_file() and not (encoder / name).exists():
+            (encoder / name).symlink_to((checkpoint / name).resolve())
+    subprocess.run([python, "-c", _CONVERT, encoder, out], check=True, capture_output=True, env={**os.environ, "PYTHONPATH": site})
+    tensors = load_file(checkpoint / "model.safetensors")
+    names = {
+        "pooler_weight": "bert.pooler.dense.weight",
+        "pooler_bias": "bert.pooler.dense.bias",
+        "weight": "classifier.weight",
+        "bias": "classifier.bias",
+    }
+    np.savez(out / "head.npz", **{key: tensors[name] for key, name in names.items()})
+    return out
+
+
+def sentences(folder: Path, out: Path) -> Path:
+    """Ids of 128 toy sentences, for calibration."""
+    encoded = Encoder(folder, 128).encode([row.text for row in toy_rows(128, seed=0)], [None] * 128)
+    np.savez(out, *[np.array(row.ids, np.int64) for row in encoded])
+    return out
+
+
+def tried(name: str, what: str, make: Any, **options: Any) -> Peer:
+    """The peer that ``make`` makes, or why it cannot be made."""
+    try:
+        return Peer(name, what, model=make(), **options)
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or b"").decode(errors="replace").strip().splitlines()
+        return Peer(name, what, reason=said[-1] if said else f"exit code {error.returncode}")
+    except (ImportError, RuntimeError, ValueError, KeyError, OSError) as error:
+        return Peer(name, what, reason=f"{type(error).__name__}: {error}")
+
+
+def make_peers(asked: argparse.Namespace) -> list[Peer]:
+    """Everything that is raced, `ours` first."""
+    work: Path = asked.work.resolve()
+    run = work / "run"
+    words = [sys.executable, "-m", "onnxsqueeze", "run", str(HERE / "peers.yaml"), "--out", str(run)]
+    subprocess.run(words, check=True)
+    record = read_results(run)
+    teacher = next(stage for stage in record.stages if stage.kind == "finetune")
+    fp32 = run / "fp32" / "model.onnx"
+    rows = sentences(run / "fp32", work / "rows.npz")
+    checkpoint = Store.default_root() / "artifacts" / str(teacher.key) / "files"
+    peers = [
+        Peer("ours", "export, quantize-dynamic, optimize-graph tuned here", model=run / "ours" / "model.onnx"),
+        Peer("quantize_dynamic", "export, quantize_dynamic per channel", model=run / "int8" / "model.onnx"),
+        tried("optimizer first", "onnxruntime.transformers' optimizer, quantize_dynamic", lambda: usual_advice(fp32, work / "advice")),
+        tried("optimum", "optimum's avx512_vnni preset, dynamic", lambda: optimum_preset(fp32, work / "optimum")),
+        Peer("fp32", "export", model=fp32),
+    ]
+    try:
+        ov = environment_with(work, "openvino", "openvino", "nncf", "onnx")
+        ct = environment_with(work, "ctranslate2", "ctranslate2")
+    except subprocess.CalledProcessError as error:
+        return [*peers, Peer("openvino", "OpenVINO, NNCF int8", reason=f"cannot be installed: {error}")]
+    return [
+        *peers,
+        tried("openvino", "OpenVINO, NNCF int8", lambda: openvino_int8(fp32, rows, work / "openvino", ov), engine="openvino", python=ov),
+        tried(
+            "ctranslate2",
+            "CTranslate2 int8",
+            lambda: ctranslate2_int8(checkpoint, work / "ctranslate2", ct),
+            engine="ctranslate2",
+            python=ct,
+        ),
+    ]
+
+
+class Engine:
+    """A running engine.py."""
+
+    def __init__(self, peer: Peer, threads: int) -> None:
+        words = [str(word) for word in (peer.python, HERE / "engine.py", peer.engine, peer.model, threads)]
+        environ = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        self.process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environ
+        )
+
+    def ask(self, **question: Any) -> dict[str, Any]:
+        """One question, one answer."""
+        assert self.process.stdin is not None  # noqa: S101  # both are pipes
+        assert self.process.stdout is not None  # noqa: S101
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the engine stopped with exit code {self.process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def cpu_s(self) -> float:
+        """CPU time that the process has used so far, all its threads."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None  # noqa: S101
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+def race(peers: Sequence[Peer], shape: tuple[int, int, int], seconds: float) -> list[dict[str, Any]]:
+    """One row per peer at one shape; every ratio is of blocks that took turns."""
+    batch, tokens, threads = shape
+    engines = {peer.name: Engine(peer, threads) for peer in peers if peer.model}
+    ready = {name: engine.ask(shape=[batch, tokens]) for name, engine in engines.items()}
+    blocks: dict[str, list[Any]] = {name: [] for name in engines}
+    idle = dict.fromkeys(engines, 0.0)
+    for round_ in range(-1, ROUNDS):  # the first round warms up
+        for name in np.random.default_rng(round_ + 1).permutation(list(engines)).tolist():
+            before = {other: engine.cpu_s() for other, engine in engines.items() if other != name}
+            times = engines[name].ask(runs=5, seconds=seconds)["ms"]
+            for other, spent in before.items():
+                idle[other] += engines[other].cpu_s() - spent
+            if round_ >= 0:
+                blocks[name].append(np.array(times))
+    for engine in engines.values():
+        engine.close()
+    return [_row(peer, shape, blocks, ready, idle) for peer in peers]
+
+
+def _row(
+    peer: Peer, shape: tuple[int, int, int], blocks: dict[str, list[Any]], ready: dict[str, dict[str, Any]], idle: dict[str, float]
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"engine": peer.name, "what": peer.what, **dict(zip(("batch", "tokens", "threads"), shape, strict=True))}
+    if not peer.model:
+        return row | {"status": "skipped", "reason": peer.reason}
+    own, ours = tuple(blocks[peer.name]), tuple(blocks["ours"])
+    p50 = nearest_rank(np.concatenate(own), 50)
+    ratio = p50 / nearest_rank(np.concatenate(ours), 50)
+    interval = None if peer.name == "ours" else ratio_of_medians_interval(own, ours)
+    return row | {
+        "status": "ok",
+        "version": ready[peer.name]["version"],
+        "p50_ms": p50,
+        "p90_ms": nearest_rank(np.concatenate(own), 90),
+        "n": sum(len(block) for block in own),
+        "ratio_to_ours": ratio,
+        "ratio_ci95": interval,
+        "load_s": ready[peer.name]["ready"],
+        "cpu_s_while_others_ran": idle[peer.name],
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    """The record as Markdown."""
+    lines = [
+        "# The same MiniLM-L6 in int8, by maker",
+        "",
+        f"{record['cpu']} ({record['instruction_set']}), {record['date']}; engines took turns. `{record['command']}`",
+        "",
+        "Ratios are the peer's median time ÷ ours, with a 95 % interval: above 1 ours is faster.",
+    ]
+    for shape in SHAPES:
+        rows = [row for row in record["rows"] if (row["batch"], row["tokens"], row["threads"]) == shape]
+        lines += ["", f"## batch {shape[0]}, {shape[1]} tokens, {shape[2]} thread{'s' if shape[2] > 1 else ''}", ""]
+        lines += ["| engine | model | version | p50, ms | ÷ ours (95 %) |", "| --- | --- | --- | --- | --- |"]
+        for row in rows:
+            if row["status"] != "ok":
+                lines.append(f"| {row['engine']} | {row['what']} | – | skipped: {row['reason']} | |")
+                continue
+            ci = row["ratio_ci95"]
+            ratio = "–" if ci is None else f"{row['ratio_to_ours']:.2f} ({ci[0]:.2f}–{ci[1]:.2f})"
+            lines.append(f"| {row['engine']} | {row['what']} | {row['version']} | {row['p50_ms']:.2f} | {ratio} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Make, race, write."""
+    from datetime import UTC, datetime
+
+    cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    cli.add_argument("--out", type=Path, required=True)
+    cli.add_argument("--work", type=Path, default=Path("runs/peers"), help="where models and environments go")
+    cli.add_argument("--seconds", type=float, default=0.25, help="least time of a block")
+    asked = cli.parse_args()
+    asked.work.mkdir(parents=True, exist_ok=True)
+    peers = make_peers(asked)
+    rows = [row for shape in SHAPES for row in race(peers, shape, asked.seconds)]
+    record = {
+        "schema": 1,
+        "command": "python benchmarks/peers/peers.py --out reports/backends",
+        "date": datetime.now(UTC).date().isoformat(),
+        **environment.processors(),
+        "cores": environment.usable_cores(),
+        "versions": environment.versions(environment.TOOLS),
+        "rounds": ROUNDS,
+        "rows": rows,
+    }
+    asked.out.mkdir(parents=True, exist_ok=True)
+    (asked.out / "peers.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (asked.out / "peers.md").write_text(table(record), encoding="utf-8")
+    print(table(record))
+
+
+if __name__ == "__main__":
+    main()

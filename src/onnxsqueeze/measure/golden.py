@@ -1,0 +1,130 @@
+"""Golden answers: what a model said to a few generated sentences when it was measured, and how far what shares a call moves that.
+
+The sentences are from the toy grammar whatever the task, so the file may travel with the model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from onnxsqueeze import backends, environment
+from onnxsqueeze.artifact import EXTERNAL_DATA_FILE, MODEL_FILE, file_sha256
+from onnxsqueeze.errors import DataError
+from onnxsqueeze.tasks.toy import toy_rows
+from onnxsqueeze.tokens import Encoder, pad
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+GOLDEN_FILE = "golden.json"
+_SENTENCES, _SEED = 16, 20_261_121
+_PADDING = 16  # tokens more than the longest sentence has
+_SAME_MACHINE = 2.0**-16  # of the largest logit: the same kernels add in the same order, up to threads
+_OTHER_MACHINE = 2.0**-10  # other kernels add in another order; an integer graph may round otherwise on top, see `Golden.spread`
+
+
+class Golden(BaseModel):
+    """``logits`` of each sentence alone; ``batch_spread`` and ``padding_spread`` are how far a full batch, and padding, move them at most."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    sha256: dict[str, str]  # of model.onnx and its external data
+    backend: str
+    threads: int
+    max_length: int
+    cpu: str
+    instruction_set: str
+    runtime: str
+    sentences: tuple[tuple[str, str | None], ...]
+    logits: tuple[tuple[float, ...], ...]
+    batch_spread: float
+    padding_spread: float
+
+    def to_json(self) -> str:
+        """The text of golden.json."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+
+    @property
+    def spread(self) -> float:
+        """The largest change of a logit by what shares its call."""
+        return max(self.batch_spread, self.padding_spread)
+
+
+def answers(folder: Path, backend: str, threads: int, max_length: int, *, pairs: bool) -> Golden:
+    """What the model in ``folder`` says now. Raises MeasureError and Unavailable."""
+    import numpy as np
+    import onnxruntime as ort
+
+    texts = [row.text for row in toy_rows(_SENTENCES, seed=_SEED)]
+    sentences = tuple((text, texts[i - 1] if pairs else None) for i, text in enumerate(texts))
+    encoder = Encoder(folder, max_length)
+    rows = encoder.encode([first for first, _ in sentences], [second for _, second in sentences])
+    session = backends.get(backend).open(folder / MODEL_FILE, threads)
+    try:
+        alone = np.concatenate([session.run(pad([row], encoder.pad_id)) for row in rows])
+        together = session.run(pad(rows, encoder.pad_id))
+        width = min(max(len(row) for row in rows) + _PADDING, max_length)
+        padded = np.concatenate([session.run(pad([row], encoder.pad_id, max(width, len(row)))) for row in rows])
+    finally:
+        session.close()
+    machine = environment.processors()
+    return Golden(
+        sha256=digests(folder),
+        backend=backend,
+        threads=threads,
+        max_length=max_length,
+        cpu=machine["cpu"],
+        instruction_set=machine["instruction_set"],
+        runtime=ort.__version__,
+        sentences=sentences,
+        logits=tuple(tuple(float(x) for x in row) for row in alone),
+        batch_spread=float(np.abs(together - alone).max()),
+        padding_spread=float(np.abs(padded - alone).max()),
+    )
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of the model's files in ``folder``."""
+    return {name: file_sha256(folder / name) for name in (MODEL_FILE, EXTERNAL_DATA_FILE) if (folder / name).is_file()}
+
+
+def read(folder: Path) -> Golden:
+    """The golden answers beside a model. Raises DataError where there are none."""
+    file = folder / GOLDEN_FILE
+    try:
+        return Golden.model_validate_json(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"{file}: cannot be read: {error.strerror}", remedy="name a target's folder as `onnxsqueeze run` wrote it"
+        ) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise DataError(f"{file}: {place}: {first['msg']}", remedy="write it again with `onnxsqueeze run`") from error
+
+
+def tolerance(golden: Golden, now: Golden) -> float:
+    """How far a logit may lie from the golden one: float noise on the same machine; elsewhere also what rounding does to a shared call."""
+    largest = max(abs(x) for row in golden.logits for x in row)
+    same = (golden.cpu, golden.instruction_set, golden.runtime) == (now.cpu, now.instruction_set, now.runtime)
+    return _SAME_MACHINE * largest if same else max(_OTHER_MACHINE * largest, 4 * golden.spread)
+
+
+def distance(golden: Golden, now: Golden) -> tuple[float, int]:
+    """(largest difference of a logit, sentences whose answer is another one). Raises DataError where the shapes differ."""
+    import numpy as np
+
+    before: NDArray[np.float64] = np.array(golden.logits)
+    after: NDArray[np.float64] = np.array(now.logits)
+    if before.shape != after.shape:
+        raise DataError(
+            f"{GOLDEN_FILE}: logits are {list(before.shape)}, the model gives {list(after.shape)}", remedy="this is another model"
+        )
+    turned = int((before.argmax(1) != after.argmax(1)).sum()) if before.shape[1] > 1 else 0
+    return float(np.abs(before - after).max()), turned

@@ -1,0 +1,256 @@
+"""optimize-graph: writes the same model in the form that runs fastest, found by measuring where ``tune`` is set."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from onnxsqueeze import graph, weights
+from onnxsqueeze.artifact import MODEL_FILE, Artifact, copy_side_files
+from onnxsqueeze.errors import StageError
+from onnxsqueeze.measure.latency import Candidate, LatencyResult, measure_latency
+from onnxsqueeze.measure.metric import predict
+from onnxsqueeze.measure.settings import MeasureSettings, Shape
+from onnxsqueeze.stage import Changed, Context, Stage, State
+from onnxsqueeze.stages import calibration
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+FormName = Literal[
+    "constant-shapes", "compact-mask", "folded-scale", "first-token", "attention-operator", "sequence-first", "unfused-residual"
+]
+_EVERY: tuple[FormName, ...] = (
+    "constant-shapes",
+    "compact-mask",
+    "folded-scale",
+    "first-token",
+    "attention-operator",
+    "sequence-first",
+    "unfused-residual",
+)
+
+_ROUNDS = 4  # of leaving forms out; the first finds what there is, the others what that has uncovered
+_NOISE_FACTOR = 16  # a form may move float32 logits by this many times what the session's own fusions move them
+_NOISE_FLOOR = 2.0**-16  # or by this share of the largest logit: float32 has 24 bits, one layer adds thousands of terms (2^-24 · 2^8)
+
+
+class OptimizeGraph(Stage):
+    """Rewrite the graph into forms that compute the same with less work, before or after quantization.
+
+    Each form is proven: those that only move data give the same bits as the parent (sessions without optimization, three shapes), float
+    graphs stay within float32 noise, and a quantized graph must hold the metric on the selection split. With ``tune`` a form goes
+    where the graph without it, measured beside the one with it on this machine, is faster by its whole interval. Forms: `onnxsqueeze.forms`.
+    """
+
+    takes: ClassVar[tuple[State, ...]] = ("onnx", "onnx-int")
+    gives: ClassVar[State] = "onnx"
+    tools: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnx", "onnx-ir")
+    uses_data: ClassVar[bool] = True
+
+    kind: Literal["optimize-graph"] = "optimize-graph"
+    forms: tuple[FormName, ...] | None = Field(
+        None,
+        min_length=1,
+        description="Forms to apply, or with `tune` to choose from; default: all, but without `tune` not attention-operator",
+    )
+    tune: bool = Field(default=False, description="Leave out the forms that are slower on this CPU, at the shape that the recipe measures")
+    tune_seconds: float = Field(1.0, ge=0, le=60, description="Least measured time per graph and round of the tuning")
+    max_drop_pp: float = Field(
+        0.5, ge=0, description="Most points that a quantized graph may lose on the selection split; else the forms that round otherwise go"
+    )
+
+    def given(self, state: State) -> State:
+        """A float graph stays one, and so does one with integers."""
+        return state
+
+    def machine_bound(self) -> bool:
+        """True where it was tuned here."""
+        return self.tune
+
+    def timed(self) -> bool:
+        """True where it was tuned: the shape joins the key."""
+        return self.tune
+
+    def refuses(self, backend: str) -> str | None:
+        """Tuning measures on the CPU provider."""
+        return "tune measures on the CPU; name the forms instead" if self.tune and backend != "cpu" else None
+
+    def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:  # noqa: ARG002, the contract's arguments
+        """Write ``out/model.onnx``; counts the places in the graph that were rewritten."""
+        with tempfile.TemporaryDirectory(dir=out) as scratch:
+            workshop = _Workshop(parent, Path(scratch), context)
+            self._prove_same_bits(workshop)
+            chosen, trials = self._tuned(workshop) if self.tune else (self.wanted(), [])
+            chosen, proof = self._held(workshop, chosen)
+            changed = workshop.apply(chosen, out)
+        copy_side_files(parent.path, out)
+        details = {"forms": changed, "left_out": [name for name in self.wanted() if name not in chosen], **proof}
+        return Changed(sum(changed.values()), "places", details | ({"trials": trials} if trials else {}))
+
+    def wanted(self) -> tuple[FormName, ...]:
+        """The forms to apply or to choose from, in the order in which they are applied.
+
+        attention-operator and sequence-first exclude each other (the second then finds nothing to do); on CPUs the second is the faster.
+        """
+        if self.forms is not None:
+            return tuple(name for name in _EVERY if name in self.forms)
+        return _EVERY if self.tune else tuple(name for name in _EVERY if name != "attention-operator")
+
+    # ── proof ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _prove_same_bits(self, workshop: _Workshop) -> None:
+        """Raise StageError where forms that only move data change a bit."""
+        names = tuple(name for name in self.wanted() if workshop.effect(name) == "same bits")
+        if not names:
+            return
+        import numpy as np
+
+        before, after = workshop.plain_logits(()), workshop.plain_logits(names)
+        if not all(np.array_equal(a, b) for a, b in zip(before, after, strict=True)):
+            off = max(float(np.abs(a - b).max()) for a, b in zip(before, after, strict=True))
+            raise StageError(
+                f"{self.name}: {', '.join(names)} only move data, but the logits moved by {off:.3g}",
+                remedy="leave forms out one by one to find the culprit, and report it with the recipe",
+            )
+
+    def _held(self, workshop: _Workshop, chosen: tuple[FormName, ...]) -> tuple[tuple[FormName, ...], dict[str, Any]]:
+        """``chosen`` as far as it is proven, and the proof. Raises StageError where float forms leave the noise."""
+        if not workshop.quantized:
+            return chosen, self._within_noise(workshop, chosen)
+        before, after = workshop.score(()), workshop.score(chosen)
+        proof = {"selection_before": before, "selection_after": after}
+        if before - after <= self.max_drop_pp / 100:
+            return chosen, proof
+        kept = tuple(name for name in chosen if workshop.effect(name) != "other rounding")
+        again = workshop.score(kept)
+        if before - again > self.max_drop_pp / 100:
+            raise StageError(
+                f"{self.name}: {', '.join(kept)}: the selection score falls from {before:.4f} to {again:.4f}, more than {self.max_drop_pp} points",
+                remedy="name fewer forms, or raise max_drop_pp",
+            )
+        return kept, {**proof, "selection_after": again, "refused": {"forms": [n for n in chosen if n not in kept], "selection": after}}
+
+    def _within_noise(self, workshop: _Workshop, chosen: tuple[FormName, ...]) -> dict[str, Any]:
+        import numpy as np
+
+        exact, before, after = workshop.plain_logits(()), workshop.logits(()), workshop.logits(chosen)
+        scale = max(float(np.abs(a).max()) for a in exact)
+        noise = max(float(np.abs(a - b).max()) for a, b in zip(exact, before, strict=True))
+        off = max(float(np.abs(a - b).max()) for a, b in zip(exact, after, strict=True))
+        tolerance = max(_NOISE_FACTOR * noise, _NOISE_FLOOR * scale)
+        if not off <= tolerance:  # "not": NaN fails too
+            raise StageError(
+                f"{self.name}: the logits moved by {off:.3g}, more than float32 noise explains ({tolerance:.3g})",
+                remedy="leave forms out one by one to find the culprit, and report it with the recipe",
+            )
+        return {"max_abs_diff": off, "tolerance": tolerance}
+
+    # ── tuning ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _tuned(self, workshop: _Workshop) -> tuple[tuple[FormName, ...], list[dict[str, Any]]]:
+        """The forms without those whose absence was faster, and every trial.
+
+        Each round measures, interleaved, the graph with all forms that are left, without each one of them, and the parent.
+        """
+        left, trials = self.wanted(), []
+        for round_ in range(1, _ROUNDS + 1):
+            sets: dict[str, tuple[FormName, ...]] = {"all": left, "parent": ()}
+            sets |= {name: tuple(n for n in left if n != name) for name in left}
+            found = workshop.race(sets, self.tune_seconds)
+            faster = [name for name in left if (found[name].speedup_ci95 or (0.0, 0.0))[0] > 1]
+            trials += [_trial(round_, sets[name], result) for name, result in found.items()]
+            if not faster:
+                break
+            best = max(faster, key=lambda name: found[name].speedup or 0.0)
+            left = tuple(name for name in left if name != best)
+        return left, trials
+
+
+def _trial(round_: int, forms: Sequence[FormName], result: LatencyResult) -> dict[str, Any]:
+    """One measured graph; the ratio is to the graph with all forms of its round."""
+    return {
+        "round": round_,
+        "forms": list(forms),
+        "p50_ms": result.latency.p50_ms,
+        "speedup": result.speedup,
+        "speedup_ci95": result.speedup_ci95,
+        "verdict": result.verdict,
+    }
+
+
+@dataclass(frozen=True)
+class _Workshop:
+    """Graphs of one parent in a scratch folder, each made once, and what they give."""
+
+    parent: Artifact
+    scratch: Path
+    context: Context
+
+    @property
+    def quantized(self) -> bool:
+        return bool(weights.integers(self.parent.onnx))
+
+    def effect(self, name: FormName) -> str:
+        """What a form may do to this parent's outputs."""
+        from onnxsqueeze.forms import FORMS
+
+        form = next(form for form in FORMS if form.name == name)
+        return form.quantized if self.quantized else form.effect
+
+    def apply(self, names: Sequence[FormName], folder: Path) -> dict[str, int]:
+        """Write the parent in these forms into ``folder``; places changed per form that found any."""
+        from onnxsqueeze import forms
+
+        model = forms.read(graph.load(self.parent.onnx))
+        changed = {form.name: form.apply(model) for form in forms.FORMS if form.name in names}
+        graph.save(forms.write(model), folder)
+        return {name: count for name, count in changed.items() if count}
+
+    def folder(self, names: Sequence[FormName]) -> Path:
+        """The folder with the parent in these forms; the parent's own for none."""
+        if not names:
+            return self.parent.path
+        made = self.scratch / "+".join(names)
+        if not made.is_dir():
+            made.mkdir()
+            copy_side_files(self.parent.path, made)
+            self.apply(names, made)
+        return made
+
+    def logits(self, names: Sequence[FormName]) -> list[NDArray[np.float32]]:
+        """Logits of real rows at three shapes, in a stock session."""
+        return calibration.logits(self.folder(names) / MODEL_FILE, calibration.shapes(self.parent.path, self.context), self.context.threads)
+
+    def plain_logits(self, names: Sequence[FormName]) -> list[NDArray[np.float32]]:
+        """The same in a session that fuses nothing."""
+        batches = calibration.shapes(self.parent.path, self.context)
+        return calibration.logits(self.folder(names) / MODEL_FILE, batches, self.context.threads, optimized=False)
+
+    def score(self, names: Sequence[FormName]) -> float:
+        """The primary metric on the selection rows, at the batch at which the model will be served."""
+        context = self.context
+        rows = predict(
+            self.folder(names),
+            "cpu",
+            context.selection,
+            context.task.max_length,
+            context.call.batch,
+            context.call.threads,
+            context.progress,
+        )
+        return context.select(rows)
+
+    def race(self, sets: Mapping[str, Sequence[FormName]], seconds: float) -> dict[str, LatencyResult]:
+        """Measure the graphs interleaved, at the call that the recipe measures; ratios are to the first."""
+        candidates = [Candidate(name, self.folder(names) / MODEL_FILE, "cpu") for name, names in sets.items()]
+        call = self.context.call
+        shape = Shape(batch=call.batch, sequence=call.tokens, threads=call.threads)
+        settings = MeasureSettings(min_runs=60, min_seconds=seconds)
+        return measure_latency(candidates, next(iter(sets)), shape, settings, self.context.progress)

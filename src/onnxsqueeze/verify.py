@@ -1,0 +1,142 @@
+"""`onnxsqueeze verify`: whether a folder holds the model that was measured, and whether it still answers, runs and scores as recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnxsqueeze import environment
+from onnxsqueeze.artifact import MODEL_FILE
+from onnxsqueeze.errors import UsageError
+from onnxsqueeze.measure import golden
+from onnxsqueeze.measure.contention import Reading
+from onnxsqueeze.measure.contention import read as read_load
+from onnxsqueeze.measure.latency import Candidate, measure_latency
+from onnxsqueeze.measure.metric import evaluate, predict
+from onnxsqueeze.measure.settings import MeasureSettings, Shape
+from onnxsqueeze.nn.checkpoint import read_config
+from onnxsqueeze.results import RESULTS_FILE, Results, Target, read_results
+from onnxsqueeze.stage import Progress
+from onnxsqueeze.tasks.open import open_task
+from onnxsqueeze.tasks.settings import NAMES, TaskSettings
+
+_SLOWER = 0.9  # of the recorded interval's lower end: two measurements of one file differ by a few percent
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; ``passed`` is None where it could not be judged, and the text says why. ``exit_code`` counts where it failed."""
+
+    what: str
+    passed: bool | None
+    text: str
+    exit_code: int
+
+
+def verify(path: Path, *, data_dir: Path | None, progress: Progress, reader: Callable[[], Reading | None] = read_load) -> Iterator[Finding]:
+    """Compare a target's folder (or its model.onnx) with what was written when it was measured.
+
+    Files and outputs always; latency and metric where the record lies beside the folder. Raises DataError where golden.json is missing or
+    damaged, MeasureError where the model does not run, Unavailable where its backend does not start.
+    """
+    folder = path.parent if path.is_file() else path
+    known = golden.read(folder)
+    yield _files(folder, known)
+    pairs = any(second is not None for _, second in known.sentences)
+    now = golden.answers(folder, known.backend, known.threads, known.max_length, pairs=pairs)
+    yield _outputs(known, now)
+    yield _invariance(now)
+    record = read_results(folder.parent) if (folder.parent / RESULTS_FILE).is_file() else None
+    target = next((t for t in record.targets if t.name == folder.name), None) if record else None
+    if record is None or target is None or target.status != "ok":
+        yield Finding("record", None, f"no record of it in {folder.parent / RESULTS_FILE}: latency and metric are not compared", 0)
+        return
+    yield _latency(folder, record, target, progress, reader)
+    yield from _metrics(folder, record, target, data_dir, progress)
+
+
+def _files(folder: Path, known: golden.Golden) -> Finding:
+    found = golden.digests(folder)
+    changed = sorted(name for name in known.sha256.keys() | found.keys() if known.sha256.get(name) != found.get(name))
+    text = "the files that were measured" if not changed else f"{', '.join(changed)}: not what was measured (sha256 differs)"
+    return Finding("files", not changed, text, 1)
+
+
+def _outputs(known: golden.Golden, now: golden.Golden) -> Finding:
+    off, turned = golden.distance(known, now)
+    limit = golden.tolerance(known, now)
+    text = f"largest difference of a logit {off:.3g} (allowed {limit:.3g}), {turned} of {len(known.sentences)} answers turned"
+    if (known.cpu, known.runtime) != (now.cpu, now.runtime):
+        text += f"; golden ones are of {known.cpu}, onnxruntime {known.runtime}"
+    return Finding("outputs", off <= limit, text, 1)
+
+
+def _invariance(now: golden.Golden) -> Finding:
+    largest = max(abs(x) for row in now.logits for x in row)
+    return Finding(
+        "invariance",
+        None,
+        f"a full batch moves logits by up to {now.batch_spread:.3g}, padding by up to {now.padding_spread:.3g} (largest logit {largest:.3g})",
+        0,
+    )
+
+
+def _latency(folder: Path, record: Results, target: Target, progress: Progress, reader: Callable[[], Reading | None]) -> Finding:
+    latency, versus = target.latency, target.vs_baseline
+    here = environment.processors()["cpu"]
+    if latency is None:
+        return Finding("latency", None, "was not measured", 0)
+    base = folder.parent / versus.baseline if versus else None
+    names = [folder, base] if base is not None and (base / MODEL_FILE).is_file() else [folder]
+    shape = Shape(batch=latency.batch, sequence=latency.sequence, threads=latency.threads)
+    candidates = [Candidate(place.name, place / MODEL_FILE, target.backend) for place in names]
+    found = measure_latency(
+        candidates, base.name if len(names) > 1 and base else None, shape, MeasureSettings(min_seconds=1.0), progress, reader=reader
+    )
+    now = found[folder.name]
+    text = f"p50 {now.latency.p50_ms:.2f} ms at {shape} (recorded {latency.p50_ms:.2f} ms)"
+    if record.environment.cpu != here or record.environment.instruction_set != environment.processors()["instruction_set"]:
+        return Finding(
+            "latency", None, f"{text}; not judged: the record is of {record.environment.cpu} ({record.environment.instruction_set})", 0
+        )
+    if not now.latency.valid:
+        return Finding("latency", None, f"{text}; not judged: others used the CPU, or the times drifted", 0)
+    if now.speedup is None or now.speedup_ci95 is None or versus is None or versus.speedup_ci95 is None:
+        return Finding("latency", None, f"{text}; not judged: there is no baseline beside it to compare with", 0)
+    passed = now.speedup_ci95[1] >= _SLOWER * versus.speedup_ci95[0]
+    ratio = f"{now.speedup:.2f}× (95 %: {now.speedup_ci95[0]:.2f}–{now.speedup_ci95[1]:.2f}) as fast as {versus.baseline}, recorded {versus.speedup:.2f}×"
+    return Finding("latency", passed, f"{text}; {ratio}", 3)
+
+
+def _metrics(folder: Path, record: Results, target: Target, data_dir: Path | None, progress: Progress) -> Iterator[Finding]:
+    task = record.task
+    if task.name not in NAMES:
+        yield Finding("metric", None, f"not compared: the rows of {task.name!r} are the user's own files", 0)
+        return
+    if data_dir is None and not task.generated:
+        yield Finding("metric", None, "not compared: name the folder of GLUE files with --data-dir", 0)
+        return
+    opened = open_task(TaskSettings(name=task.name, max_length=task.max_length), data_dir=data_dir, seed=record.seed)
+    if opened.info.labels:
+        opened = opened.with_label_order(
+            [name for _, name in sorted(read_config(folder)["id2label"].items(), key=lambda item: int(item[0]))]
+        )
+    threads = target.latency.threads if target.latency else 1
+    recorded_digests = {split.name: split.sha256 for split in task.splits}
+    for split in opened.dev():
+        recorded = target.metrics[split.name][task.primary]
+        if recorded_digests.get(split.name) != split.sha256:
+            raise UsageError(
+                f"{split.source}: not the rows of the record (sha256 differs)",
+                remedy="name the folder of files that the record was made with",
+            )
+        logits = predict(folder, target.backend, split, task.max_length, task.batch, threads, progress)
+        value = evaluate(opened.info, logits, [row.label for row in split.rows])[task.primary].value
+        passed = value >= recorded.ci95[0]
+        yield Finding(
+            "metric",
+            passed,
+            f"{task.primary} {value:.4f} on {split.name}, recorded {recorded.value:.4f} (95 %: from {recorded.ci95[0]:.4f})",
+            3,
+        )

@@ -1,0 +1,149 @@
+"""Graph forms: every family, in float32 and with integers; what each may do to the outputs, and that it is less work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from exports import build, export
+from models import FAMILIES, FamilyName
+from onnxsqueeze import forms, graph
+from onnxsqueeze.artifact import Artifact, copy_side_files
+from onnxsqueeze.stage import Context
+from onnxsqueeze.stages import calibration
+from onnxsqueeze.stages.quantize_dynamic import QuantizeDynamic
+
+NAMES = [form.name for form in forms.FORMS]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifact, Context]:
+    """(float32, dynamic int8, context) of a random two-layer model."""
+    family: FamilyName = request.param
+    folder = tmp_path_factory.mktemp(family)
+    parent, context = export(folder, family)
+    return parent, build(QuantizeDynamic(), parent, folder / "int8", context)[0], context
+
+
+def rewritten(parent: Artifact, folder: Path, names: Sequence[str]) -> tuple[Path, dict[str, int]]:
+    model = forms.read(graph.load(parent.onnx))
+    counts = {form.name: form.apply(model) for form in forms.FORMS if form.name in names}
+    folder.mkdir()
+    copy_side_files(parent.path, folder)
+    return graph.save(forms.write(model), folder), counts
+
+
+def difference(one: Path, other: Path, context: Context, *, optimized: bool) -> tuple[float, float]:
+    """(largest difference, largest logit) over three shapes, one of them padded."""
+    batches = calibration.shapes(one.parent, context)
+    a, b = (calibration.logits(path, batches, 1, optimized=optimized) for path in (one, other))
+    return max(float(np.abs(x - y).max()) for x, y in zip(a, b, strict=True)), max(float(np.abs(x).max()) for x in a)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_form_does_no_more_than_it_says(exported: tuple[Artifact, Artifact, Context], tmp_path: Path, name: str) -> None:
+    form = next(form for form in forms.FORMS if form.name == name)
+    before = ["constant-shapes", "compact-mask", "folded-scale"][: NAMES.index(name)]  # what the others build on
+    for parent, effect in ((exported[0], form.effect), (exported[1], form.quantized)):
+        base, _ = rewritten(parent, tmp_path / f"{parent.path.name}-base", before)
+        written, counts = rewritten(parent, tmp_path / f"{parent.path.name}-{name}", [*before, name])
+        assert counts[name] or name == "compact-mask", "ELECTRA's export never spreads its mask"
+        graph.check(written, like=parent.onnx)
+        off, scale = difference(base, written, exported[2], optimized=False)
+        limit = {"same bits": 0.0, "float noise": 2.0**-16 * scale, "other rounding": 0.1 * scale}[effect]
+        if parent is exported[1] and effect == "float noise":
+            limit = 0.1 * scale  # noise can turn a rounding
+        assert off <= limit
+
+
+def test_every_family_becomes_less_work_and_says_the_same(exported: tuple[Artifact, Artifact, Context], tmp_path: Path) -> None:
+    parent, _, context = exported
+    written, counts = rewritten(parent, tmp_path / "all", [name for name in NAMES if name != "attention-operator"])
+    off, scale = difference(parent.onnx, written, context, optimized=True)
+    assert off <= 2.0**-16 * scale
+    assert counts["first-token"] > 20
+    assert counts["sequence-first"] == 2
+    assert counts["unfused-residual"] == 5, "two a layer, one behind the embeddings"
+    assert counts["folded-scale"] in (2, 4), "one of the scores, or one of query and one of key"
+    found = graph.operators(written)
+    assert found["com.microsoft.FusedMatMul"] == 4, "two an attention"
+    assert found["Transpose"] < graph.operators(parent.onnx)["Transpose"]
+    assert "Shape" not in found or found["Shape"] < graph.operators(parent.onnx)["Shape"] / 2
+    assert sum(found.values()) < sum(graph.operators(parent.onnx).values()) / 1.5
+
+
+def test_the_last_layer_computes_one_token_and_the_others_all(exported: tuple[Artifact, Artifact, Context], tmp_path: Path) -> None:
+    parent, int8, context = exported
+    for one in (parent, int8):
+        written, counts = rewritten(one, tmp_path / one.path.name, ["constant-shapes", "compact-mask", "first-token"])
+        assert counts["first-token"] > 20
+        rows = _rows_of_products(written, context)
+        full = calibration.shapes(parent.path, context)[2]["input_ids"].size
+        first = len(calibration.shapes(parent.path, context)[2]["input_ids"])
+        # of twelve products, six of the first layer and the last one's keys and values read every token
+        assert sorted(rows)[-8:] == [full] * 8
+        assert sorted(rows)[:4] == [first] * 4
+
+
+def _rows_of_products(path: Path, context: Context) -> list[int]:
+    """Rows that each encoder product with a constant matrix reads, for the third shape: read off its output."""
+    model = graph.load(path)
+    initial = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    products = [n for n in model.graph.node if n.op_type in ("MatMul", "MatMulInteger") and n.input[1] in initial and "layer" in n.name]
+    del model.graph.output[:]
+    kinds = {"MatMul": TensorProto.FLOAT, "MatMulInteger": TensorProto.INT32}
+    model.graph.output.extend(helper.make_tensor_value_info(n.output[0], kinds[n.op_type], None) for n in products)
+    probe = path.parent / "probe.onnx"
+    onnx.save(model, probe)
+    names = calibration.input_names(probe)
+    batch = calibration.shapes(path.parent, context)[2]
+    outputs: list[NDArray[np.float32]] = calibration.session(probe, 1).run(None, {name: batch[name] for name in names})
+    return [int(np.prod(output.shape[:-1])) for output in outputs]
+
+
+def test_a_head_that_reads_every_token_keeps_the_last_layer_whole(exported: tuple[Artifact, Artifact, Context], tmp_path: Path) -> None:
+    model = graph.load(exported[0].onnx)
+    gather = next(n for n in model.graph.node if n.op_type == "Gather" and n.input[0].endswith("LayerNormalization_output_0"))
+    mean = helper.make_node("ReduceMean", [gather.input[0], "axes_of_tokens"], ["mean"], keepdims=0, name="mean")
+    both = helper.make_node("Add", [gather.output[0], "mean"], ["both"], name="both")
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "axes_of_tokens"))
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            if name == gather.output[0]:
+                node.input[i] = "both"
+    at = list(model.graph.node).index(gather) + 1
+    model.graph.node.insert(at, both)
+    model.graph.node.insert(at, mean)
+    (tmp_path / "mean").mkdir()
+    copy_side_files(exported[0].path, tmp_path / "mean")
+    parent = Artifact(tmp_path / "mean", "onnx", "0" * 64, "0" * 64)
+    graph.save(model, parent.path)
+    written, counts = rewritten(parent, tmp_path / "all", NAMES)
+    assert counts["first-token"] == 0
+    off, scale = difference(parent.onnx, written, exported[2], optimized=True)
+    assert off <= 2.0**-16 * scale
+
+
+def test_writing_a_graph_that_no_form_touched_changes_no_bit(exported: tuple[Artifact, Artifact, Context], tmp_path: Path) -> None:
+    for parent in exported[:2]:
+        written, _ = rewritten(parent, tmp_path / parent.path.name, [])
+        assert difference(parent.onnx, written, exported[2], optimized=False)[0] == 0
+
+
+def test_the_attention_operator_takes_the_place_of_everything_between_products_and_leaves_no_heads_to_flip(
+    exported: tuple[Artifact, Artifact, Context], tmp_path: Path
+) -> None:
+    parent, _, context = exported
+    written, counts = rewritten(parent, tmp_path / "all", NAMES)
+    found = graph.operators(written)
+    assert (counts["attention-operator"], counts["sequence-first"]) == (2, 0)
+    assert found["com.microsoft.MultiHeadAttention"] == 2
+    assert not {"Softmax", "Transpose", "com.microsoft.FusedMatMul"} & set(found)
+    off, scale = difference(parent.onnx, written, context, optimized=True)
+    assert off <= 2.0**-16 * scale

@@ -1,0 +1,125 @@
+"""`onnxsqueeze verify` on a real run: what was measured passes; a changed weight, a slower file and a worse score are named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import numpy_helper
+
+from models import random_checkpoint, silent
+from onnxsqueeze import graph
+from onnxsqueeze.errors import DataError
+from onnxsqueeze.verify import Finding, verify
+from runs import command, run, small
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of recipes/q.yaml on a random two-layer model."""
+    place = tmp_path_factory.mktemp("verify")
+    model = random_checkpoint(place / "model", "bert", layers=2, head=False)
+    outcome, _ = run("q", place / "out", model=model, store=place / "store", overrides=[*small("q"), "measure.min_runs=100"])
+    assert outcome.exit_code == 0
+    return outcome.out
+
+
+def found(path: Path) -> dict[str, Finding]:
+    return {finding.what: finding for finding in verify(path, data_dir=None, progress=silent, reader=lambda: None)}
+
+
+def edit(folder: Path, **fields: Any) -> None:
+    """Put values into the record's only target of this name, by dotted path."""
+    file = folder.parent / "results.json"
+    record = json.loads(file.read_text())
+    target = next(t for t in record["targets"] if t["name"] == folder.name)
+    for path, value in fields.items():
+        *parents, last = path.split("__")
+        here = target
+        for part in parents:
+            here = here[part]
+        here[last] = value
+    file.write_text(json.dumps(record))
+
+
+@pytest.fixture
+def copy(ran: Path, tmp_path: Path) -> Path:
+    shutil.copytree(ran, tmp_path / "out", ignore=shutil.ignore_patterns(".lock"))
+    return tmp_path / "out" / "int8-ort"
+
+
+@pytest.mark.parametrize("name", ["fp32", "int8-ort", "int8-ort/model.onnx"])
+def test_what_was_measured_answers_and_scores_as_recorded(ran: Path, name: str) -> None:
+    findings = found(ran / name)
+    assert [findings[what].passed for what in ("files", "outputs", "metric")] == [True, True, True]
+    assert "largest difference of a logit 0 " in findings["outputs"].text
+    assert findings["latency"].passed is not False
+    assert "a full batch moves logits by up to" in findings["invariance"].text
+
+
+def test_golden_sentences_are_generated_and_travel_with_the_model(ran: Path, tmp_path: Path) -> None:
+    golden = json.loads((ran / "int8-ort" / "golden.json").read_text())
+    assert len(golden["sentences"]) == len(golden["logits"]) == 16
+    assert golden["batch_spread"] > 0, "int8 with ranges taken at run time depends on what shares a call"
+    shutil.copytree(ran / "int8-ort", tmp_path / "alone")
+    findings = found(tmp_path / "alone")
+    assert findings["outputs"].passed
+    assert findings["record"].passed is None
+    assert "latency" not in findings
+
+
+def test_a_file_changed_by_one_weight_is_named(copy: Path) -> None:
+    model = graph.load(copy / "model.onnx")
+    weight = next(t for t in model.graph.initializer if t.name == "classifier.weight" or t.name.startswith("classifier.weight_quantized"))
+    values = numpy_helper.to_array(weight).copy()
+    values.reshape(-1)[0] += np.array(40, values.dtype)
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    (copy / "model.onnx").write_bytes(model.SerializeToString())
+    findings = found(copy)
+    assert findings["files"].passed is False
+    assert "model.onnx: not what was measured" in findings["files"].text
+    assert findings["outputs"].passed is False
+    shown = command("verify", copy, cwd=copy)
+    assert shown.returncode == 1
+    assert "FAILED files: model.onnx" in shown.stdout
+
+
+def test_a_model_that_was_faster_when_measured_is_told(copy: Path) -> None:
+    edit(copy, vs_baseline__speedup=40.0, vs_baseline__speedup_ci95=[39.0, 41.0])
+    finding = found(copy)["latency"]
+    if "the times drifted" in finding.text:
+        pytest.skip("this machine's speed changed by more than a quarter within the test")
+    assert (finding.passed, finding.exit_code) == (False, 3)
+    assert "recorded 40.00×" in finding.text
+
+
+def test_another_machines_latency_is_not_judged(copy: Path) -> None:
+    edit(copy, vs_baseline__speedup_ci95=[39.0, 41.0])
+    file = copy.parent / "results.json"
+    record = json.loads(file.read_text())
+    record["environment"]["cpu"] = "Another CPU"
+    file.write_text(json.dumps(record))
+    finding = found(copy)["latency"]
+    assert finding.passed is None
+    assert "the record is of Another CPU" in finding.text
+
+
+def test_a_worse_score_than_recorded_is_told_with_exit_code_3(copy: Path) -> None:
+    edit(copy, metrics__validation__accuracy={"value": 0.99, "ci95": [0.98, 1.0], "n": 1000})
+    finding = found(copy)["metric"]
+    assert (finding.passed, finding.exit_code) == (False, 3)
+    assert "recorded 0.9900" in finding.text
+    shown = command("verify", copy, cwd=copy)
+    assert shown.returncode == 3
+
+
+def test_a_folder_without_golden_answers_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"golden\.json: cannot be read"):
+        list(verify(tmp_path, data_dir=None, progress=silent))
+    (tmp_path / "golden.json").write_text("{}")
+    with pytest.raises(DataError, match=r"golden\.json: sha256: Field required"):
+        list(verify(tmp_path, data_dir=None, progress=silent))
