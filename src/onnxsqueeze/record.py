@@ -58,7 +58,7 @@ class Made:
 
 
 SAMPLES_FOLDER = "samples"  # below the output folder
-_CONTENT_VERSION = 1  # raise it when the same file is counted otherwise
+_CONTENT_VERSION = 2  # raise it when the same file is counted otherwise
 
 
 class _Content(BaseModel):

@@ -54,6 +54,7 @@ _WEIGHT_INPUTS = {
 }
 _UNPACKING = ("DequantizeLinear", "Cast", "Identity", "Transpose", "Reshape")
 _MOVING = ("Gather", "Transpose", "Reshape")  # the same values elsewhere: a scale may follow
+_LENGTHS = ("int64", "bool")  # shapes, axes, positions: nothing that is learned
 _INTEGER_WEIGHTS = ("int8", "uint8", "int4", "uint4")
 
 
@@ -61,14 +62,14 @@ def by_class(path: Path) -> tuple[WeightClass, ...]:
     """Every initializer of the file, by what it does in the model and the type it is stored in.
 
     The class comes from the module path of the node that reads it, through nodes that only unpack it (DequantizeLinear, Cast,
-    …). Scales and zero points are "other". Zeros are values that stand for 0.0, so they are counted relative to the zero
+    …). Scales, zero points, shapes and axes are "other". Zeros are values that stand for 0.0, so they are counted relative to the zero
     point. Packed MatMulNBits data counts by the weights it holds, not by its bytes.
     """
     index = _Index.of(load(path))
     totals: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     for name, tensor in index.tensors.items():
         dtype, n, zeros = _content(tensor, index)
-        total = totals[_class_of(name, index), dtype]
+        total = totals["other" if dtype in _LENGTHS else _class_of(name, index), dtype]
         for i, amount in enumerate((n, zeros, _stored_bytes(tensor))):
             total[i] += amount
     rows = sorted(totals.items())
