@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import venv
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from onnxsqueeze import environment
+from onnxsqueeze.errors import without_paths
 from onnxsqueeze.measure.statistics import nearest_rank, ratio_of_medians_interval
 from onnxsqueeze.results import read_results
 from onnxsqueeze.store import Store
@@ -295,7 +297,7 @@ def main() -> None:
     rows = [row for shape in SHAPES for row in race(peers, shape, asked.seconds)]
     record = {
         "schema": 1,
-        "command": "python benchmarks/peers/peers.py --out reports/backends",
+        "command": without_paths(shlex.join(["python", "benchmarks/peers/peers.py", *sys.argv[1:]])),
         "date": datetime.now(UTC).date().isoformat(),
         **environment.processors(),
         "cores": environment.usable_cores(),

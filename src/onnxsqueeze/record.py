@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from onnxsqueeze import backends, environment, graph, weights
 from onnxsqueeze.artifact import MODEL_FILE, Artifact
 from onnxsqueeze.errors import MeasureError, SqueezeError, Unavailable, without_paths
-from onnxsqueeze.measure.golden import Golden, answers
+from onnxsqueeze.measure.golden import Golden, answers, sentences
 from onnxsqueeze.measure.latency import Candidate, LatencyResult, measure_latency
 from onnxsqueeze.measure.metric import compare, evaluate, predict, quality
 from onnxsqueeze.measure.settings import MeasureSettings, Shape
@@ -271,7 +271,7 @@ class Measurer:
         kept = None if self.fresh else self.store.measurement("golden", causes)
         if kept is not None:
             return Golden.model_validate_json(kept)
-        found = answers(one.artifact.path, one.branch.backend, self.settings.threads, self.info.max_length, pairs=pairs)
+        found = answers(one.artifact.path, one.branch.backend, self.settings.threads, self.info.max_length, sentences(pairs=pairs))
         self.store.keep_measurement("golden", causes, found.model_dump_json().encode())
         return found
 

@@ -43,8 +43,7 @@ def verify(path: Path, *, data_dir: Path | None, progress: Progress, reader: Cal
     folder = path.parent if path.is_file() else path
     known = golden.read(folder)
     yield _files(folder, known)
-    pairs = any(second is not None for _, second in known.sentences)
-    now = golden.answers(folder, known.backend, known.threads, known.max_length, pairs=pairs)
+    now = golden.answers(folder, known.backend, known.threads, known.max_length, known.sentences)
     yield _outputs(known, now)
     yield _invariance(now)
     record = read_results(folder.parent) if (folder.parent / RESULTS_FILE).is_file() else None
@@ -100,7 +99,7 @@ def _latency(folder: Path, record: Results, target: Target, progress: Progress, 
         return Finding(
             "latency", None, f"{text}; not judged: the record is of {record.environment.cpu} ({record.environment.instruction_set})", 0
         )
-    if not now.latency.valid:
+    if not all(result.latency.valid for result in found.values()):
         return Finding("latency", None, f"{text}; not judged: others used the CPU, or the times drifted", 0)
     if now.speedup is None or now.speedup_ci95 is None or versus is None or versus.speedup_ci95 is None:
         return Finding("latency", None, f"{text}; not judged: there is no baseline beside it to compare with", 0)

@@ -1,6 +1,6 @@
 """unfused-residual: the sum in front of a layer norm is written as Sum, which no session fuses into SkipLayerNormalization.
 
-On CPUs that fused operator costs up to eight times what its two parts do (measured on Cascade Lake and Zen 4).
+On CPUs that fused operator can cost more than its two parts: `onnxsqueeze.stages.optimize_graph` with ``tune`` tells where.
 """
 
 from __future__ import annotations

@@ -56,15 +56,19 @@ class Golden(BaseModel):
         return max(self.batch_spread, self.padding_spread)
 
 
-def answers(folder: Path, backend: str, threads: int, max_length: int, *, pairs: bool) -> Golden:
-    """What the model in ``folder`` says now. Raises MeasureError and Unavailable."""
+def sentences(*, pairs: bool) -> tuple[tuple[str, str | None], ...]:
+    """The sentences that a run asks: generated, the same on every machine."""
+    texts = [row.text for row in toy_rows(_SENTENCES, seed=_SEED)]
+    return tuple((text, texts[i - 1] if pairs else None) for i, text in enumerate(texts))
+
+
+def answers(folder: Path, backend: str, threads: int, max_length: int, asked: tuple[tuple[str, str | None], ...]) -> Golden:
+    """What the model in ``folder`` says now to the sentences ``asked``. Raises MeasureError and Unavailable."""
     import numpy as np
     import onnxruntime as ort
 
-    texts = [row.text for row in toy_rows(_SENTENCES, seed=_SEED)]
-    sentences = tuple((text, texts[i - 1] if pairs else None) for i, text in enumerate(texts))
     encoder = Encoder(folder, max_length)
-    rows = encoder.encode([first for first, _ in sentences], [second for _, second in sentences])
+    rows = encoder.encode([first for first, _ in asked], [second for _, second in asked])
     session = backends.get(backend).open(folder / MODEL_FILE, threads)
     try:
         alone = np.concatenate([session.run(pad([row], encoder.pad_id)) for row in rows])
@@ -82,7 +86,7 @@ def answers(folder: Path, backend: str, threads: int, max_length: int, *, pairs:
         cpu=machine["cpu"],
         instruction_set=machine["instruction_set"],
         runtime=ort.__version__,
-        sentences=sentences,
+        sentences=asked,
         logits=tuple(tuple(float(x) for x in row) for row in alone),
         batch_spread=float(np.abs(together - alone).max()),
         padding_spread=float(np.abs(padded - alone).max()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from onnxsqueeze import graph
 from onnxsqueeze.errors import StageError
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import onnxruntime as ort
     from numpy.typing import NDArray
 
+_NOISE_FACTOR, _NOISE_FLOOR = 16, 2.0**-16
 CALIBRATION_BATCH = 8  # bounds the memory for the activations that a calibrator keeps of one call
 
 
@@ -40,6 +41,24 @@ def shapes(folder: Path, context: Context) -> list[dict[str, NDArray[np.int64]]]
     rows = sorted(encode(encoder, spread(context.train.rows, 64)), key=len)
     longest, middle = rows[-2:], rows[len(rows) // 2 : len(rows) // 2 + 1]
     return [pad(middle, encoder.pad_id), pad(rows[:4], encoder.pad_id), pad(longest, encoder.pad_id, context.task.max_length)]
+
+
+def furthest(one: Sequence[NDArray[Any]], other: Sequence[NDArray[Any]]) -> float:
+    """The largest difference of a logit between two models' answers to the same batches; NaN where one of them is."""
+    import numpy as np
+
+    return float(np.max([np.abs(a - b).max() for a, b in zip(one, other, strict=True)]))  # unlike max(), keeps NaN
+
+
+def noise_tolerance(exact: Sequence[NDArray[Any]], usual: Sequence[NDArray[Any]]) -> float:
+    """How far logits in float32 may lie from ``exact``: 16 times as far as ``usual``, which adds in another order, and no more.
+
+    At least 2^-16 of the largest logit: float32 has 24 bits, and one layer adds thousands of terms (2^-24 · 2^8).
+    """
+    import numpy as np
+
+    scale = max(float(np.abs(a).max()) for a in exact)
+    return max(_NOISE_FACTOR * furthest(exact, usual), _NOISE_FLOOR * scale)
 
 
 def spread(rows: Sequence[Row], samples: int) -> list[Row]:

@@ -20,11 +20,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# An export may be this many times as far from float64 as PyTorch's own float32 is: it adds in another order, no more.
-_NOISE_FACTOR = 16
-# Never ask for less than this share of the largest logit: float32 has 24 bits, and one layer adds thousands of terms (2^-24 · 2^8).
-_NOISE_FLOOR = 2.0**-16
-
 
 class Export(Stage):
     """Write the checkpoint as ONNX: inputs int64 ``[batch_size, sequence_length]``, logits float32, both axes dynamic.
@@ -65,26 +60,20 @@ def _export(model: Any, target: Path, opset: int) -> None:
 
 
 def _compare(model: Any, written: Path, context: Context) -> dict[str, Any]:
-    import numpy as np
-
     batches = calibration.shapes(written.parent, context)
     names = calibration.input_names(written)
     got = calibration.logits(written, batches, context.threads)
     single = [_torch_logits(model, batch, names) for batch in batches]
     model.double()
     exact = [_torch_logits(model, batch, names) for batch in batches]
-    scale = max(float(np.abs(e).max()) for e in exact)
-    noise = max(float(np.abs(s - e).max()) for s, e in zip(single, exact, strict=True))
-    off = max(float(np.abs(g - e).max()) for g, e in zip(got, exact, strict=True))
-    tolerance = max(_NOISE_FACTOR * noise, _NOISE_FLOOR * scale)
+    off, tolerance = calibration.furthest(got, exact), calibration.noise_tolerance(exact, single)
     if not off <= tolerance:  # "not": NaN fails too
         raise StageError(
             f"the exported model's logits are {off:.3g} from PyTorch's in float64, more than float32 noise explains ({tolerance:.3g})",
             remedy="export with another opset, or report the architecture: its tracing loses something",
         )
     shapes = [list(batch["input_ids"].shape) for batch in batches]
-    difference = max(float(np.abs(g - s).max()) for g, s in zip(got, single, strict=True))
-    return {"compared_shapes": shapes, "max_abs_diff": difference, "tolerance": tolerance}
+    return {"compared_shapes": shapes, "max_abs_diff": calibration.furthest(got, single), "tolerance": tolerance}
 
 
 def _torch_logits(model: Any, batch: dict[str, NDArray[np.int64]], names: list[str]) -> NDArray[np.float64]:

@@ -37,8 +37,6 @@ _EVERY: tuple[FormName, ...] = (
 )
 
 _ROUNDS = 4  # of leaving forms out; the first finds what there is, the others what that has uncovered
-_NOISE_FACTOR = 16  # a form may move float32 logits by this many times what the session's own fusions move them
-_NOISE_FLOOR = 2.0**-16  # or by this share of the largest logit: float32 has 24 bits, one layer adds thousands of terms (2^-24 · 2^8)
 
 
 class OptimizeGraph(Stage):
@@ -114,7 +112,7 @@ class OptimizeGraph(Stage):
 
         before, after = workshop.plain_logits(()), workshop.plain_logits(names)
         if not all(np.array_equal(a, b) for a, b in zip(before, after, strict=True)):
-            off = max(float(np.abs(a - b).max()) for a, b in zip(before, after, strict=True))
+            off = calibration.furthest(before, after)
             raise StageError(
                 f"{self.name}: {', '.join(names)} only move data, but the logits moved by {off:.3g}",
                 remedy="leave forms out one by one to find the culprit, and report it with the recipe",
@@ -138,13 +136,8 @@ class OptimizeGraph(Stage):
         return kept, {**proof, "selection_after": again, "refused": {"forms": [n for n in chosen if n not in kept], "selection": after}}
 
     def _within_noise(self, workshop: _Workshop, chosen: tuple[FormName, ...]) -> dict[str, Any]:
-        import numpy as np
-
-        exact, before, after = workshop.plain_logits(()), workshop.logits(()), workshop.logits(chosen)
-        scale = max(float(np.abs(a).max()) for a in exact)
-        noise = max(float(np.abs(a - b).max()) for a, b in zip(exact, before, strict=True))
-        off = max(float(np.abs(a - b).max()) for a, b in zip(exact, after, strict=True))
-        tolerance = max(_NOISE_FACTOR * noise, _NOISE_FLOOR * scale)
+        exact = workshop.plain_logits(())
+        off, tolerance = calibration.furthest(exact, workshop.logits(chosen)), calibration.noise_tolerance(exact, workshop.logits(()))
         if not off <= tolerance:  # "not": NaN fails too
             raise StageError(
                 f"{self.name}: the logits moved by {off:.3g}, more than float32 noise explains ({tolerance:.3g})",
