@@ -7,7 +7,6 @@ settings); ``fresh`` measures anew.
 from __future__ import annotations
 
 import io
-import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel
 
-from onnxsqueeze import backends, environment, graph, weights
+from onnxsqueeze import backends, environment, graph, timing, weights
 from onnxsqueeze.artifact import MODEL_FILE, Artifact
 from onnxsqueeze.errors import MeasureError, SqueezeError, Unavailable, without_paths
 from onnxsqueeze.measure.golden import Golden, answers, sentences
@@ -25,10 +24,11 @@ from onnxsqueeze.measure.settings import MeasureSettings, Shape
 from onnxsqueeze.measure.size import measure_size
 from onnxsqueeze.plan import Branch
 from onnxsqueeze.recipe import Gates
-from onnxsqueeze.results import FileRecord, Gate, Latency, MetricDelta, StageRecord, Target, VsBaseline, WeightClass
+from onnxsqueeze.results import FileRecord, Gate, MetricDelta, StageRecord, Target, VsBaseline, WeightClass
 from onnxsqueeze.stage import Progress
 from onnxsqueeze.store import Store, key_of
 from onnxsqueeze.tasks.rows import SplitRows, TaskInfo, rows_sha256
+from onnxsqueeze.timing import Timed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,32 +70,6 @@ class _Content(BaseModel):
     files: tuple[FileRecord, ...]
     weights: tuple[WeightClass, ...]
     operators: dict[str, int]
-
-
-@dataclass(frozen=True)
-class _Timed:
-    """One target at one shape, with its ratio to the baseline that was measured beside it."""
-
-    latency: Latency
-    speedup: float | None
-    speedup_ci95: tuple[float, float] | None
-    verdict: str
-
-    def to_json(self) -> bytes:
-        return json.dumps(
-            {
-                "latency": self.latency.model_dump(mode="json"),
-                "speedup": self.speedup,
-                "speedup_ci95": self.speedup_ci95,
-                "verdict": self.verdict,
-            }
-        ).encode()
-
-    @staticmethod
-    def from_json(content: bytes) -> _Timed:
-        value = json.loads(content)
-        ci = value["speedup_ci95"]
-        return _Timed(Latency.model_validate(value["latency"]), value["speedup"], (ci[0], ci[1]) if ci else None, value["verdict"])
 
 
 class Measurer:
@@ -157,7 +131,7 @@ class Measurer:
         absent: tuple[str, str] | None,
         failed: Mapping[str, SqueezeError],
         logits: Mapping[str, Logits],
-        timed: Mapping[str, Sequence[_Timed]],
+        timed: Mapping[str, Sequence[Timed]],
         base: Target | None,
         base_logits: Logits | None,
         gates: Gates,
@@ -192,11 +166,11 @@ class Measurer:
             metrics=metrics,
             vs_baseline=versus,
             gates=_judge(target.gates or gates, versus, self.info.primary, self.dev[0].name) if versus else (),
-            extra={"speedups": [_speedup(shape) for shape in shapes[1:]]} if versus else {},
+            extra={"speedups": [timing.speedup(shape) for shape in shapes[1:]]} if versus else {},
             **facts,
         )
 
-    def _versus(self, logits: Logits, base_logits: Logits | None, timed: _Timed, size_bytes: int, base: Target) -> VsBaseline | None:
+    def _versus(self, logits: Logits, base_logits: Logits | None, timed: Timed, size_bytes: int, base: Target) -> VsBaseline | None:
         if base_logits is None or base.size_bytes is None:
             return None
         deltas: dict[str, dict[str, MetricDelta]] = {
@@ -277,7 +251,7 @@ class Measurer:
 
     # ── latency ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _latency(self, backend: str, ready: Sequence[Made], failed: dict[str, SqueezeError]) -> dict[str, list[_Timed]]:
+    def _latency(self, backend: str, ready: Sequence[Made], failed: dict[str, SqueezeError]) -> dict[str, list[Timed]]:
         """Per target, the measured shapes in order. What the store lacks is measured together, beside the baseline.
 
         A target that cannot be measured is put into ``failed``; the others go on without it.
@@ -286,21 +260,23 @@ class Measurer:
         by_name = {one.branch.target.name: one for one in ready}
         base = by_name.get(base_name)
         base_digest = base.artifact.digest if base and base.artifact else None
-        timed: dict[str, list[_Timed]] = {name: [] for name in by_name}
+        timed: dict[str, list[Timed]] = {name: [] for name in by_name}
         for shape in (self.settings.shape, *self.settings.shapes):
             causes = {name: self._latency_causes(backend, one, base_digest, shape) for name, one in by_name.items() if name not in failed}
             kept = {name: None if self.fresh else self.store.measurement("latency", cause) for name, cause in causes.items()}
             lacking = [name for name, content in kept.items() if content is None]
             for name, result in self._measured_together(backend, by_name, lacking, base_name, shape, failed).items():
-                self.store.keep_measurement("samples", causes[name], _packed(result))  # first: a latency that is found has its samples
-                kept[name] = _timed(result).to_json()
+                self.store.keep_measurement(
+                    "samples", causes[name], timing.packed(result)
+                )  # first: a latency that is found has its samples
+                kept[name] = timing.timed(result).to_json()
                 self.store.keep_measurement("latency", causes[name], kept[name] or b"")
             for name, content in kept.items():
                 if content is not None:
-                    timed[name].append(self._with_samples(_Timed.from_json(content), name, shape, causes[name]))
+                    timed[name].append(self._with_samples(Timed.from_json(content), name, shape, causes[name]))
         return timed
 
-    def _with_samples(self, timed: _Timed, name: str, shape: Shape, causes: Mapping[str, Any]) -> _Timed:
+    def _with_samples(self, timed: Timed, name: str, shape: Shape, causes: Mapping[str, Any]) -> Timed:
         """The same, with the name of the file that keeps every run; its content goes into `samples`."""
         content = self.store.measurement("samples", causes)
         if content is None:
@@ -353,31 +329,6 @@ class Measurer:
             **environment.processors(),
             "threads": threads,
         }
-
-
-def _packed(result: LatencyResult) -> bytes:
-    """Every run in microseconds, one array a round, as a compressed .npz: ``blocks["arr_0"][runs] uint32``."""
-    import numpy as np
-
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, *[np.rint(1000 * block).astype(np.uint32) for block in result.samples_ms])
-    return buffer.getvalue()
-
-
-def _timed(result: LatencyResult) -> _Timed:
-    return _Timed(result.latency, result.speedup, result.speedup_ci95, result.verdict)
-
-
-def _speedup(timed: _Timed) -> dict[str, Any]:
-    latency = timed.latency
-    return {
-        "batch": latency.batch,
-        "sequence": latency.sequence,
-        "threads": latency.threads,
-        "speedup": timed.speedup,
-        "speedup_ci95": timed.speedup_ci95,
-        "speed": timed.verdict,
-    }
 
 
 def _labels(split: SplitRows) -> list[int | float]:

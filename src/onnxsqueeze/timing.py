@@ -1,0 +1,66 @@
+"""What is kept of a measured latency: its figures for the record, and every run."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from onnxsqueeze.measure.latency import LatencyResult
+from onnxsqueeze.results import Latency
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One target at one shape, with its ratio to the baseline that was measured beside it."""
+
+    latency: Latency
+    speedup: float | None
+    speedup_ci95: tuple[float, float] | None
+    verdict: str
+
+    def to_json(self) -> bytes:
+        """What the store keeps."""
+        return json.dumps(
+            {
+                "latency": self.latency.model_dump(mode="json"),
+                "speedup": self.speedup,
+                "speedup_ci95": self.speedup_ci95,
+                "verdict": self.verdict,
+            }
+        ).encode()
+
+    @staticmethod
+    def from_json(content: bytes) -> Timed:
+        """The reverse of `to_json`."""
+        value = json.loads(content)
+        ci = value["speedup_ci95"]
+        return Timed(Latency.model_validate(value["latency"]), value["speedup"], (ci[0], ci[1]) if ci else None, value["verdict"])
+
+
+def packed(result: LatencyResult) -> bytes:
+    """Every run in microseconds, one array a round, as a compressed .npz: ``blocks["arr_0"][runs] uint32``."""
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, *[np.rint(1000 * block).astype(np.uint32) for block in result.samples_ms])
+    return buffer.getvalue()
+
+
+def timed(result: LatencyResult) -> Timed:
+    """What a record says of a measured latency."""
+    return Timed(result.latency, result.speedup, result.speedup_ci95, result.verdict)
+
+
+def speedup(timed: Timed) -> dict[str, Any]:
+    """The ratio at a further shape, for a record's `extra`."""
+    latency = timed.latency
+    return {
+        "batch": latency.batch,
+        "sequence": latency.sequence,
+        "threads": latency.threads,
+        "speedup": timed.speedup,
+        "speedup_ci95": timed.speedup_ci95,
+        "speed": timed.verdict,
+    }
