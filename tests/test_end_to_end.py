@@ -6,18 +6,24 @@ import gzip
 import hashlib
 import json
 import re
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 
 from models import random_checkpoint
-from onnxsqueeze import prepare
+from onnxsqueeze import pipeline, prepare
+from onnxsqueeze.artifact import Artifact, folder_digest
 from onnxsqueeze.pipeline import Outcome
+from onnxsqueeze.record import Measurer
 from onnxsqueeze.results import read_results
+from onnxsqueeze.store import Store
 from onnxsqueeze.tasks.open import open_task
 from onnxsqueeze.tasks.settings import TaskSettings
 from onnxsqueeze.tokens import Encoder, pad
@@ -252,6 +258,30 @@ def test_a_failing_branch_is_a_row_and_its_old_folder_is_gone(place: Path, tmp_p
     assert outcome.exit_code == 1
     assert not (tmp_path / "out" / "int8").exists(), "a model that the record does not know must not look like its result"
     assert targets(outcome)["baseline-cpu"].status == "ok"
+
+
+def test_a_file_that_takes_single_rows_alone_is_a_failed_row_and_the_record_is_written(place: Path, tmp_path: Path) -> None:
+    """The dev rows go through one by one; the golden sentences also go through together."""
+    rows = "  - {name: fp32, after: finetune, baseline: true, stages: [{kind: export}]}\n  - {name: narrow, stages: [{kind: export}]}\n"
+    request = prepare.Request(recipe(tmp_path, "", rows), model=str(place / "model"), out=tmp_path / "out", overrides=small(""))
+    prepared = prepare.prepare(request)
+    settings, info = prepared.loaded.recipe.measure, prepared.task.info
+    store, watcher = Store(place / "store"), Silent()
+    made = [pipeline._Maker(prepared, store, watcher).branch(branch) for branch in prepared.plan.branches]
+    fp32, narrow = made
+    assert narrow.artifact is not None
+    folder = tmp_path / "narrow"
+    shutil.copytree(narrow.artifact.path, folder)
+    model = onnx.load(folder / "model.onnx")
+    for given in model.graph.input:
+        given.type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(model, folder / "model.onnx")
+    narrow = replace(narrow, artifact=Artifact(folder, "onnx", "narrow", folder_digest(folder)))
+    measurer = Measurer(store, watcher, settings, info, prepared.task.dev(), prepared.plan.baselines, fresh=False)
+    whole, failed = measurer.targets([fp32, narrow], prepared.loaded.recipe.gates)
+    assert (whole.status, failed.status) == ("ok", "failed")
+    assert "stopped while running" in str(failed.reason)
+    assert failed.size_bytes == (folder / "model.onnx").stat().st_size
 
 
 def test_other_columns_of_the_same_dev_file_are_measured_anew(place: Path, tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def _measure(prepared: Prepared, store: Store, watcher: Watcher, maker: _Maker, 
     for one in made:
         if one.artifact:
             name = one.branch.target.name
-            beside = {GOLDEN_FILE: measurer.golden(one).to_json().encode()} if name in measured else {}
+            beside = {GOLDEN_FILE: measurer.goldens[name].to_json().encode()} if name in measured else {}
             publish(one.artifact.path, prepared.out / name, beside)
     put_samples(prepared.out / SAMPLES_FOLDER, measurer.samples)
     write_atomically(prepared.out / RESULTS_FILE, results.to_json().encode())

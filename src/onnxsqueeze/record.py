@@ -89,6 +89,7 @@ class Measurer:
         self.store, self.teller, self.settings, self.info, self.dev = store, teller, settings, info, dev
         self.baselines, self.fresh = baselines, fresh
         self.samples: dict[str, bytes] = {}  # file below the output folder → every run of one target at one shape
+        self.goldens: dict[str, Golden] = {}  # target → what it says to a few generated sentences, for `onnxsqueeze verify`
 
     def models(self, made: Sequence[Made]) -> str:
         """One digest for the set of models that this run shows on the dev set."""
@@ -111,9 +112,10 @@ class Measurer:
             name = one.branch.target.name
             try:
                 logits[name] = self._logits(backend, one)
+                self.goldens[name] = self._golden(one)
             except MeasureError as error:
                 failed[name] = error
-        timed = self._latency(backend, [one for one in ready if one.branch.target.name in logits], failed)
+        timed = self._latency(backend, [one for one in ready if one.branch.target.name not in failed], failed)
         base_name = self.baselines[backend]
         records: list[Target] = []
         base: Target | None = None
@@ -233,9 +235,8 @@ class Measurer:
             found[split.name] = np.load(io.BytesIO(kept), allow_pickle=False)
         return found
 
-    def golden(self, one: Made) -> Golden:
-        """What the target says to a few generated sentences, for `onnxsqueeze verify`."""
-        assert one.artifact is not None  # noqa: S101  # callers pass targets that were measured
+    def _golden(self, one: Made) -> Golden:
+        assert one.artifact is not None  # noqa: S101  # callers pass targets that have a file
         pairs = self.dev[0].rows[0].text_pair is not None
         causes = self._causes(one.branch.backend, one.artifact, threads=self.settings.threads) | {
             "max_length": self.info.max_length,
