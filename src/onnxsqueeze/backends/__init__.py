@@ -19,7 +19,7 @@ from onnxsqueeze.backends.backend import Backend, Runtime
 from onnxsqueeze.backends.session import Block, Session
 from onnxsqueeze.errors import UsageError, nearest
 
-__all__ = ["Backend", "Backends", "Block", "Opener", "Runtime", "Session", "get", "known"]
+__all__ = ["HERE", "Backend", "Backends", "Block", "Opener", "Runtime", "Session", "get", "known"]
 
 _BACKENDS = (
     Backend("cpu", "CPUExecutionProvider", "onnxruntime", float16=limits.CPU_FLOAT16),
@@ -83,3 +83,6 @@ class Backends:
     def started_providers(self) -> tuple[str, ...]:
         """Full names of the providers that really start a session; each is tried once a process."""
         return tuple(backend.provider for backend in map(self.get, self.names()) if backend.unavailable() is None)
+
+
+HERE = Backends()  # every backend in this Python

@@ -9,7 +9,10 @@ from __future__ import annotations
 # GatherBlockQuantized and QAttention; and MatMulInteger, but of int8 by int8 alone, while activations quantized at run time are uint8.
 CUDA = frozenset(
     {"DynamicQuantizeLinear", "QLinearMatMul"}
-    | {f"com.microsoft.{name}" for name in ("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QGemm", "QLinearAdd", "QEmbedLayerNormalization")}
+    | {
+        f"com.microsoft.{name}"
+        for name in ("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QGemm", "QLinearAdd", "QEmbedLayerNormalization")
+    }
 )
 
 # Source: onnx-tensorrt, docs/operators.md: integers only as QuantizeLinear and DequantizeLinear, and no operator of com.microsoft.

@@ -6,9 +6,11 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -41,8 +43,7 @@ class Worker:
             raise MeasureError(f"{what}: {Path(python).name} cannot be started: {error.strerror}", remedy="name a Python") from error
         assert self._process.stdin is not None  # noqa: S101  # they are pipes
         assert self._process.stdout is not None  # noqa: S101
-        self._requests: BinaryIO = self._process.stdin
-        self._answers: BinaryIO = self._process.stdout
+        self._requests, self._answers = self._process.stdin, self._process.stdout
 
     def ask(self, do: str, arrays: Arrays | None = None, *, timeout_s: float | None = None, **header: Any) -> tuple[Header, Arrays]:
         """One request and its answer. Raises MeasureError with the last lines that the process wrote where it ended instead."""
@@ -73,10 +74,8 @@ class Worker:
 
     def close(self) -> None:
         """End the process and wait for it."""
-        try:
+        with suppress(BrokenPipeError):  # it has ended already
             self._requests.close()
-        except BrokenPipeError:  # it has ended already
-            pass
         try:
             self._process.wait(_END_S)
         except subprocess.TimeoutExpired:
@@ -109,7 +108,5 @@ class Worker:
 
 def _environment(python: str) -> dict[str, str]:
     """Ours; for another Python without the variables that would make it look among our packages."""
-    import sys
-
     ours = python == sys.executable
     return {name: value for name, value in os.environ.items() if ours or name not in ("PYTHONPATH", "PYTHONHOME")}

@@ -26,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +40,14 @@ _NVIDIA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 
 # Distributions that all install the one Python package `onnxruntime`: two of them overwrite each other's files.
 _WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-qnn", "onnxruntime-rocm")
-_WHEELS_BY_VENDORS = ("onnxruntime-migraphx", "onnxruntime-cann", "onnxruntime-vitisai", "onnxruntime-training", "ort-nightly", "ort-nightly-gpu")
+_WHEELS_BY_VENDORS = (
+    "onnxruntime-migraphx",
+    "onnxruntime-cann",
+    "onnxruntime-vitisai",
+    "onnxruntime-training",
+    "ort-nightly",
+    "ort-nightly-gpu",
+)
 
 # ONNX Runtime itself places the arithmetic on shapes beside the CPU, on purpose, whatever the provider (its GetCpuPreferredNodes):
 # a few integers each. Such nodes are no fall-back; "session.disable_cpu_ep_fallback" would refuse every model that has them.
@@ -51,7 +58,7 @@ _SHAPE_OPERATORS = frozenset(
 )
 
 
-def send(pipe: BinaryIO, header: Header, arrays: Arrays) -> None:
+def send(pipe: IO[bytes], header: Header, arrays: Arrays) -> None:
     """Write one message. Raises BrokenPipeError where nobody reads any more."""
     listed = [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()]
     pipe.write(json.dumps({**header, "arrays": listed}).encode() + b"\n")
@@ -60,7 +67,7 @@ def send(pipe: BinaryIO, header: Header, arrays: Arrays) -> None:
     pipe.flush()
 
 
-def receive(pipe: BinaryIO) -> tuple[Header, Arrays] | None:
+def receive(pipe: IO[bytes]) -> tuple[Header, Arrays] | None:
     """Read one message; None at the end of the pipe. Raises ValueError where it is not a message, EOFError where it ends within one."""
     line = pipe.readline()
     if not line:
@@ -160,7 +167,8 @@ class Model:
         import numpy as np
 
         clock, call, enough_ns = time.perf_counter_ns, self.call, 1e6 * least_ms
-        times, spent = [], 0
+        times: list[int] = []
+        spent = 0
         gc.collect()
         gc.disable()
         cpu = time.process_time()
@@ -203,7 +211,7 @@ def about() -> Header:
     }
 
 
-def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     """Answer until ``requests`` ends."""
     message, model = receive(requests), None
     while message:
