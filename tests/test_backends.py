@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxsqueeze import backends
-from onnxsqueeze.backends import Backend, Session
+from onnxsqueeze.backends import Backend, Runtime, Session
 from onnxsqueeze.errors import MeasureError, Unavailable, UsageError
 
 
@@ -98,7 +98,31 @@ def test_a_run_that_the_model_cannot_do_is_a_measure_error(tmp_path: Path) -> No
 
 def test_the_full_name_of_a_provider_is_the_same_backend() -> None:
     assert backends.get("CUDAExecutionProvider") is backends.get("cuda")
+    assert backends.get("TensorRTExecutionProvider") is backends.get("tensorrt"), "ONNX Runtime's own spelling is TensorrtExecutionProvider"
     assert [backends.get(name).name for name in backends.known()] == list(backends.known())
+
+
+def test_any_execution_provider_is_a_backend() -> None:
+    other = backends.get("DnnlExecutionProvider")
+
+    assert (other.name, other.provider) == ("DnnlExecutionProvider", "DnnlExecutionProvider")
+    absent = other.unavailable()
+    assert absent is not None
+    assert "no DnnlExecutionProvider in this onnxruntime" in absent[0]
+
+
+def test_operators_without_kernels_are_refused_with_the_reason() -> None:
+    dynamic = ("DynamicQuantizeLinear", "MatMul", "MatMulInteger")
+
+    assert backends.get("cuda").refusal(dynamic) == (
+        "CUDAExecutionProvider has no kernel for DynamicQuantizeLinear: such nodes run on the CPU, with copies; use float16 or quantize-weights"
+    )
+    assert "DynamicQuantizeLinear, MatMulInteger" in (backends.get("tensorrt").refusal(dynamic) or "")
+    for name in backends.known():
+        assert backends.get(name).refusal(("MatMul", "QuantizeLinear", "DequantizeLinear")) is None
+    assert backends.get("cuda").refusal(("com.microsoft.MatMulNBits",)) is None
+    assert backends.get("tensorrt").refusal(("com.microsoft.MatMulNBits",)) is not None
+    assert backends.get("cpu").refusal(dynamic) is None
 
 
 def test_an_unknown_backend_is_told_with_the_nearest_name() -> None:
@@ -108,7 +132,7 @@ def test_an_unknown_backend_is_told_with_the_nearest_name() -> None:
 
 def test_the_cpu_starts_a_session() -> None:
     assert backends.get("cpu").unavailable() is None
-    assert "CPUExecutionProvider" in backends.started_providers()
+    assert "CPUExecutionProvider" in backends.HERE.started_providers()
 
 
 def test_a_provider_that_this_onnxruntime_lacks_is_unavailable_with_reason_and_remedy(tmp_path: Path) -> None:
@@ -119,7 +143,8 @@ def test_a_provider_that_this_onnxruntime_lacks_is_unavailable_with_reason_and_r
     assert absent is not None
     reason, remedy = absent
     assert "no NoSuchExecutionProvider in this onnxruntime" in reason
-    assert "pip install onnxruntime-npu" in remedy
+    assert "pip install numpy onnxruntime-npu" in remedy
+    assert "--python npu=" in remedy
     with pytest.raises(Unavailable, match="no NoSuchExecutionProvider") as caught:
         lacking.open(classifier(tmp_path / "model.onnx"), 1)
     assert caught.value.remedy == remedy
@@ -154,23 +179,25 @@ def test_nodes_that_fall_back_are_an_error_that_counts_them_but_not_the_arithmet
 
 def test_threads_of_an_idle_session_do_not_spin(tmp_path: Path) -> None:
     session = backends.get("cpu").open(classifier(tmp_path / "model.onnx", width=2048), 2)
-    feed = {name: np.ones((64, 64), np.int64) for name in FEED}
+    session.hold({name: np.ones((64, 64), np.int64) for name in FEED})
     idle = 0.0
     for _ in range(5):
-        session.run(feed)
-        before = time.process_time()
+        session.time(1, 0)
+        before = session.cpu_s()
         time.sleep(0.05)  # a stock session's thread spins for some 30 ms of these
-        idle += time.process_time() - before
+        after = session.cpu_s()
+        assert before is not None
+        assert after is not None
+        idle += after - before
 
     assert idle < 0.2 * 5 * 0.05
 
 
-def test_two_wheels_of_onnxruntime_over_each_other_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert backends.clash() is None
-    for name in ("onnxruntime", "onnxruntime_gpu"):
-        info = tmp_path / f"{name}-1.31.1.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.31.1\n", encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
+def test_two_wheels_of_onnxruntime_over_each_other_are_told() -> None:
+    wheels = ("onnxruntime 1.31.1", "onnxruntime-gpu 1.31.1")
 
-    assert backends.clash() == "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files"
+    assert Runtime("1.31.1", wheels[:1], ()).clash is None
+    assert (
+        Runtime("1.31.1", wheels, ()).clash
+        == "onnxruntime 1.31.1 and onnxruntime-gpu 1.31.1 are both installed and overwrite each other's files"
+    )

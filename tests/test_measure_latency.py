@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from models import silent
+from onnxsqueeze.backends import Block
 from onnxsqueeze.environment import default_threads
 from onnxsqueeze.errors import MeasureError, Unavailable
 from onnxsqueeze.measure.contention import OTHERS_SHARE, Reading, others_share, read
@@ -33,11 +34,28 @@ class Sleeper:
     def __init__(self, name: str, bench: Bench) -> None:
         self.name, self.bench, self.load_s, self.closed = name, bench, 0.25, False
 
-    def run(self, feed: Mapping[str, NDArray[np.int64]]) -> None:
+    def hold(self, feed: Mapping[str, NDArray[np.int64]]) -> None:
+        self.bench.feeds.append(feed)
+
+    def time(self, least_runs: int, least_ms: float, *, uncounted: int = 0) -> Block:
+        before = [self.run_ms() for _ in range(uncounted)]
+        times: list[float] = []
+        while len(times) < least_runs or sum(times) < least_ms:
+            times.append(self.run_ms())
+        return Block(np.array(times), (sum(before) + sum(times)) / 1e3)
+
+    def run_ms(self) -> float:
         ms = self.bench.ms[self.name]
         self.bench.calls.append(self.name)
-        self.bench.feeds.append(feed)
-        self.bench.now_ns += int((ms if isinstance(ms, float) else ms()) * 1e6 * (1 + 0.01 * self.bench.unrest.random()))
+        taken = (ms if isinstance(ms, float) else ms()) * (1 + 0.01 * self.bench.unrest.random())
+        self.bench.now_s += taken / 1e3
+        return taken
+
+    def cpu_s(self) -> float:
+        return self.bench.restless.get(self.name, 0.0) * self.bench.now_s
+
+    def memory_bytes(self) -> int:
+        return 1_000_000
 
     def close(self) -> None:
         self.closed = True
@@ -51,7 +69,8 @@ class Bench:
         self.feeds: list[Mapping[str, NDArray[np.int64]]] = []
         self.sessions: list[Sleeper] = []
         self.told: list[tuple[int, int, str]] = []
-        self.candidates, self.ms, self.now_ns, self.unrest = [], ms, 0, np.random.default_rng(0)
+        self.candidates, self.ms, self.now_s, self.unrest = [], ms, 0.0, np.random.default_rng(0)
+        self.restless: dict[str, float] = {}  # of one core, what a session uses all the time
         self.others: Callable[[], float] = lambda: 0.0
         self.others_s, self.read_at = 0.0, 0.0
         for name in ms:
@@ -68,16 +87,13 @@ class Bench:
         self.told.append((done, total, note))
 
     def measure(self, baseline: str | None, settings: MeasureSettings = QUICK, shape: Shape = SHAPE) -> dict[str, LatencyResult]:
-        return measure_latency(
-            self.candidates, baseline, shape, settings, self.hear, opener=self.opener, clock=lambda: self.now_ns, reader=self.read
-        )
+        return measure_latency(self.candidates, baseline, shape, settings, self.hear, opener=self.opener, reader=self.read)
 
     def read(self) -> Reading:
         """Busy is what sleepers slept, and ``others`` of one second in every second besides."""
-        seconds = self.now_ns / 1e9
-        self.others_s += self.others() * (seconds - self.read_at)
-        self.read_at = seconds
-        return Reading(seconds, seconds + self.others_s, seconds)
+        self.others_s += self.others() * (self.now_s - self.read_at)
+        self.read_at = self.now_s
+        return Reading(self.now_s, self.now_s + self.others_s, 0.0)
 
 
 def test_a_slower_and_a_faster_model_are_found_with_the_right_ratio(tmp_path: Path) -> None:
@@ -153,7 +169,7 @@ def test_the_limit_of_p99_is_exact() -> None:
 
     def p99(n: int) -> float | None:
         blocks = tuple(np.array_split(np.arange(1.0, n + 1), ROUNDS))
-        return _latency(blocks, SHAPE, 0.1, 1.0, 5, True, {"repeated_blocks": 0, "disturbed_blocks": 0}).p99_ms
+        return _latency(blocks, SHAPE, 0.1, 1.0, 5, True, {"repeated_blocks": 0, "disturbed_blocks": 0}, None).p99_ms
 
     assert p99(458) is None
     assert p99(459) == 455  # ceil(0.99 · 459)
@@ -198,6 +214,19 @@ def test_others_that_never_rest_make_the_latency_invalid_and_end_the_repetitions
         assert result.latency.disturbed_blocks > 0
 
 
+def test_models_that_use_the_cpu_while_they_wait_make_the_latency_of_the_others_invalid(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, base=10.0, other=5.0)
+    bench.restless = {"other": 0.5}
+    found = bench.measure("base")
+
+    assert found["base"].latency.idle_cpu_share == pytest.approx(0.5, abs=0.25)  # one tick of 10 ms is left to rounding
+    assert found["base"].latency.disturbed_blocks == ROUNDS
+    assert not found["base"].latency.valid
+    assert found["other"].latency.idle_cpu_share == 0.0
+    assert found["other"].latency.valid
+    assert found["other"].verdict == "unproven"
+
+
 def test_a_real_neighbour_is_noticed_and_a_quiet_span_is_not_blamed() -> None:
     def span(seconds: float) -> float:
         before, began = read(), time.perf_counter()
@@ -218,6 +247,13 @@ def test_a_real_neighbour_is_noticed_and_a_quiet_span_is_not_blamed() -> None:
     before = read()
     assert others_share(before, before, 2) == 0.0
     assert others_share(None, before, 2) == 0.0
+
+
+def test_a_process_that_is_timed_is_no_neighbour() -> None:
+    before, after = Reading(0.0, 0.0, 0.0), Reading(1.0, 1.2, 0.1)
+
+    assert others_share(before, after, 1) == pytest.approx(1.09)
+    assert others_share(before, after, 1, 1.0) == pytest.approx(0.09)
 
 
 def test_warm_up_ends_when_two_windows_agree(tmp_path: Path) -> None:
@@ -260,12 +296,11 @@ def test_inputs_are_ids_of_the_vocabulary_without_padding_the_same_in_every_run(
     bench = Bench(tmp_path, {"vocab_size": 7, "pad_token_id": 1}, base=0.02)
     bench.measure("base", shape=Shape(batch=3, sequence=40, threads=1))
 
-    first = bench.feeds[0]
+    (first,) = bench.feeds
     assert {name: value.shape for name, value in first.items()} == dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), (3, 40))
     assert set(first["input_ids"].ravel()) == {0, 2, 3, 4, 5, 6}
     assert first["attention_mask"].all()
     assert not first["token_type_ids"].any()
-    assert all(np.array_equal(feed["input_ids"], first["input_ids"]) for feed in bench.feeds)
 
 
 def test_a_sequence_beyond_the_model_s_positions_is_an_error_that_says_what_to_set(tmp_path: Path) -> None:
@@ -306,6 +341,23 @@ def test_real_sessions_are_timed_and_more_work_takes_longer(tmp_path: Path) -> N
     assert (latency.batch, latency.sequence, latency.threads) == (2, 64, 1)
     assert 0 < latency.min_ms <= latency.p50_ms <= latency.p90_ms <= latency.max_ms
     assert latency.load_s > 0
+    for result in found.values():
+        assert result.latency.idle_cpu_share is not None, "the system tells the CPU time of a process"
+        assert result.latency.idle_cpu_share <= 0.05
+        assert 0 < (result.latency.peak_memory_bytes or 0) < 2e9
+
+
+def test_memory_is_told_apart_by_model(tmp_path: Path) -> None:
+    candidates = []
+    for name, width in (("small", 8), ("large", 100_000)):
+        (tmp_path / name).mkdir()
+        classifier(tmp_path / name / "model.onnx", width=width)
+        (tmp_path / name / "config.json").write_text('{"vocab_size": 50}', encoding="utf-8")
+        candidates.append(Candidate(name, tmp_path / name / "model.onnx", "cpu"))
+    found = measure_latency(candidates, None, SHAPE, MeasureSettings(min_runs=20, min_seconds=0), silent)
+
+    small, large = (found[name].latency.peak_memory_bytes or 0 for name in ("small", "large"))
+    assert large - small > 50 * 100_000 * 4  # the table of the large one
 
 
 def test_a_backend_that_does_not_start_is_unavailable(tmp_path: Path) -> None:

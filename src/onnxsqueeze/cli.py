@@ -57,6 +57,17 @@ def _backends(incomplete: str) -> list[str]:
     return [name for name in backends.known() if name.startswith(incomplete)]
 
 
+Pythons = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--python",
+        metavar="BACKEND=PATH",
+        help="Python whose onnxruntime runs a backend's models, e.g. [b]openvino=ov/bin/python[/b]; else as $ONNXSQUEEZE_CONFIG has it, else this one; repeatable",
+        show_default=False,
+    ),
+]
+
+
 @app.callback(invoke_without_command=True)
 def _main(
     *,
@@ -73,6 +84,7 @@ def _main(
     "  onnxsqueeze run recipes/q.yaml --task mrpc --data-dir glue/   GLUE's TSV files from a folder\n\n"
     "  onnxsqueeze run recipes/qdp.yaml --model ./my-bert --dry-run  what would be made, and what the store has\n\n"
     "  onnxsqueeze run recipes/qdp.yaml --set stages.distill.layers=4 --out runs/four\n\n"
+    "  onnxsqueeze run r.yaml --python openvino=ov/bin/python    onnxruntime-openvino, from its own environment\n\n"
     "A run that was killed goes on where it was: give the same command again."
 )
 def run(
@@ -120,16 +132,20 @@ def run(
             show_default=False,
         ),
     ] = None,
+    python: Pythons = None,
 ) -> None:
     """Make every target of a recipe, measure it, and write the record and its reports."""
     # Read by libgomp when torch is loaded: a team that spins stalls for whole time slices where another process takes one of its cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from onnxsqueeze import pipeline, prepare
+    from onnxsqueeze import config, pipeline, prepare
     from onnxsqueeze.console import Watcher
     from onnxsqueeze.report.terminal import print_summary
     from onnxsqueeze.store import Store
 
-    request = prepare.Request(recipe, task, model, data_dir, tuple(set_ or ()), out, seed, fresh=fresh, require=tuple(require or ()))
+    backends = config.load(python or ())
+    request = prepare.Request(
+        recipe, task, model, data_dir, tuple(set_ or ()), out, seed, fresh=fresh, require=tuple(require or ()), backends=backends
+    )
     prepared = prepare.prepare(request)
     with Watcher() as watcher:
         store = Store(Store.default_root(), tell=watcher.say)
@@ -211,27 +227,33 @@ def verify(
     data_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of GLUE files: compares the metric, too", show_default=False)
     ] = None,
+    python: Pythons = None,
 ) -> None:
     """Replay the sentences that a run kept beside a model, and compare outputs, latency and metric with the record."""
+    from onnxsqueeze import config
     from onnxsqueeze.console import Watcher
     from onnxsqueeze.verify import verify as findings
 
     marks = {True: "ok", False: "FAILED", None: "note"}
     failed = set()
+    backends = config.load(python or ())
     with Watcher() as watcher:
-        for finding in findings(target, data_dir=data_dir, progress=watcher.begin(f"verify {target.name}")):
+        for finding in findings(target, data_dir=data_dir, progress=watcher.begin(f"verify {target.name}"), backends=backends):
             typer.echo(f"{marks[finding.passed]:<7}{finding.what}: {finding.text}")
             if finding.passed is False:
                 failed.add(finding.exit_code)
     raise typer.Exit(min(failed, default=0))
 
 
-@app.command(epilog="Example:\n\n  onnxsqueeze doctor")
-def doctor() -> None:
-    """Show versions, CPU features, the cores this process may use, and the providers that really start a session."""
+@app.command(
+    epilog="Examples:\n\n  onnxsqueeze doctor\n\n  onnxsqueeze doctor --python openvino=ov/bin/python   what that environment's onnxruntime starts"
+)
+def doctor(*, python: Pythons = None) -> None:
+    """Show versions, CPU features, the cores this process may use, and the providers that really start a session, in which Python."""
+    from onnxsqueeze import config
     from onnxsqueeze.doctor import print_doctor
 
-    print_doctor(Console(highlight=False))
+    print_doctor(Console(highlight=False), config.load(python or ()))
 
 
 def _print_plan(prepared: Prepared, store: Any) -> None:

@@ -2,7 +2,7 @@
 
 SqueezeError                exit 1   the base: one message, and what to do about it
 ├── UsageError              exit 2   wrong input: nothing was started
-│   ├── RecipeError                  faults of a recipe, all at once
+│   ├── RecipeError                  faults of a recipe or of the configuration file, all at once
 │   ├── DataError                    rows that are missing, broken or mislabelled
 │   └── ModelError                   a model that cannot be loaded or is of an unknown family
 ├── StageError              exit 1   a stage failed, or changed nothing
@@ -48,7 +48,7 @@ class UsageError(SqueezeError):
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault of a recipe: where it stands and what is wrong there."""
+    """One fault of a recipe or of the configuration file: where it stands and what is wrong there."""
 
     file: str
     line: int | None
@@ -61,7 +61,7 @@ class Fault:
 
 
 class RecipeError(UsageError):
-    """All faults of a recipe."""
+    """All faults of a recipe or of the configuration file."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         super().__init__("\n".join(str(fault) for fault in faults))

@@ -176,7 +176,8 @@ def _resumed(entry: Entry) -> str:
 def _measure(prepared: Prepared, store: Store, watcher: Watcher, maker: _Maker, made: Sequence[Made]) -> Outcome:
     recipe, task = prepared.loaded.recipe, prepared.task
     dev = task.dev()
-    measurer = Measurer(store, watcher, recipe.measure, task.info, dev, prepared.plan.baselines, fresh=prepared.request.fresh)
+    registry = prepared.request.backends
+    measurer = Measurer(store, watcher, recipe.measure, task.info, dev, prepared.plan.baselines, registry, fresh=prepared.request.fresh)
     targets = measurer.targets(made, recipe.gates)
     looks = {split.name: store.looks(split.sha256, measurer.models(made)) for split in dev}
     results = Results(
@@ -196,7 +197,7 @@ def _measure(prepared: Prepared, store: Store, watcher: Watcher, maker: _Maker, 
             generated=task.info.generated,
             note=task.info.note,
         ),
-        environment=environment.describe(backends.started_providers()),
+        environment=environment.describe(registry.started_providers()),
         stages=maker.records(prepared.plan.shared),
         targets=tuple(targets),
         date=datetime.now(UTC).date().isoformat(),

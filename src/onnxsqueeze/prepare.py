@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxsqueeze import backends, environment, models
+from onnxsqueeze.backends import HERE, Backends
 from onnxsqueeze.errors import RecipeError, UsageError, nearest, without_paths
 from onnxsqueeze.models import Start
 from onnxsqueeze.nn.checkpoint import has_trained_head, id2label, read_config
@@ -34,6 +35,7 @@ class Request:
     seed: int | None = None
     fresh: bool = False
     require: Sequence[str] = ()
+    backends: Backends = HERE
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ def command_of(request: Request) -> str:
             words += [option, str(value)]
     for override in request.overrides:
         words += ["--set", without_paths(override)]
+    for backend, python in sorted(request.backends.pythons.items()):
+        words += ["--python", f"{backend}={_nameless(Path(python))}"]
     return shlex.join([*words, *(["--fresh"] if request.fresh else [])])
 
 

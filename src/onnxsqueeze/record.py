@@ -1,6 +1,6 @@
 """From finished files to records: measures each target, compares it with its backend's baseline, judges its gates.
 
-Measurements are found again by what they measured (digest of the files, backend, runtime version, CPU, threads, shape,
+Measurements are found again by what they measured (digest of the files, backend, version of the runtime that ran them, CPU, threads, shape,
 settings); ``fresh`` measures anew.
 """
 
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel
 
-from onnxsqueeze import backends, environment, graph, timing, weights
+from onnxsqueeze import environment, graph, timing, weights
 from onnxsqueeze.artifact import MODEL_FILE, Artifact
+from onnxsqueeze.backends import Backends
 from onnxsqueeze.errors import MeasureError, SqueezeError, Unavailable, without_paths
 from onnxsqueeze.measure.golden import Golden, answers, sentences
 from onnxsqueeze.measure.latency import Candidate, LatencyResult, measure_latency
@@ -83,11 +84,12 @@ class Measurer:
         info: TaskInfo,
         dev: Sequence[SplitRows],
         baselines: Mapping[str, str],
+        backends: Backends,
         *,
         fresh: bool,
     ) -> None:
         self.store, self.teller, self.settings, self.info, self.dev = store, teller, settings, info, dev
-        self.baselines, self.fresh = baselines, fresh
+        self.baselines, self.backends, self.fresh = baselines, backends, fresh
         self.samples: dict[str, bytes] = {}  # file below the output folder → every run of one target at one shape
         self.goldens: dict[str, Golden] = {}  # target → what it says to a few generated sentences, for `onnxsqueeze verify`
 
@@ -104,13 +106,14 @@ class Measurer:
         return records
 
     def _backend(self, backend: str, group: Sequence[Made], gates: Gates) -> list[Target]:
-        absent = backends.get(backend).unavailable()
+        absent = self.backends.get(backend).unavailable()
         ready = [one for one in group if one.artifact] if not absent else []
         logits: dict[str, Logits] = {}
         failed: dict[str, SqueezeError] = {}
         for one in ready:
             name = one.branch.target.name
             try:
+                self._check_operators(backend, one)
                 logits[name] = self._logits(backend, one)
                 self.goldens[name] = self._golden(one)
             except MeasureError as error:
@@ -143,7 +146,7 @@ class Measurer:
         facts: dict[str, Any] = {
             "name": name,
             "backend": backend,
-            "provider": backends.get(backend).provider,
+            "provider": self.backends.get(backend).provider,
             "baseline": target.name == self.baselines[backend],
             "stages": one.stages,
         }
@@ -157,7 +160,8 @@ class Measurer:
             remedy = without_paths(problem.remedy) if problem.remedy else None
             return Target(status=status, reason=without_paths(problem.message), remedy=remedy, **facts)
         if absent:
-            return Target(status="skipped", reason=absent[0], remedy=absent[1], **facts)
+            return Target(status="skipped", reason=without_paths(absent[0]), remedy=without_paths(absent[1]), **facts)
+        facts["runtime"] = self._runtime(backend)
         metrics = {split.name: evaluate(self.info, logits[name][split.name], _labels(split)) for split in self.dev}
         shapes = timed[name]
         versus = self._versus(logits[name], base_logits, shapes[0], facts["size_bytes"], base) if base else None
@@ -224,7 +228,14 @@ class Measurer:
             if kept is None:
                 progress = self.teller.begin(f"{name}: {self.info.primary} on {split.name}")
                 values = predict(
-                    one.artifact.path, backend, split, self.info.max_length, self.settings.batch, self.settings.threads, progress
+                    one.artifact.path,
+                    backend,
+                    split,
+                    self.info.max_length,
+                    self.settings.batch,
+                    self.settings.threads,
+                    progress,
+                    opener=self.backends.open,
                 )
                 buffer = io.BytesIO()
                 np.save(buffer, values, allow_pickle=False)
@@ -246,7 +257,8 @@ class Measurer:
         kept = None if self.fresh else self.store.measurement("golden", causes)
         if kept is not None:
             return Golden.model_validate_json(kept)
-        found = answers(one.artifact.path, one.branch.backend, self.settings.threads, self.info.max_length, sentences(pairs=pairs))
+        asked, backend = sentences(pairs=pairs), one.branch.backend
+        found = answers(one.artifact.path, backend, self.settings.threads, self.info.max_length, asked, self.backends)
         self.store.keep_measurement("golden", causes, found.model_dump_json().encode())
         return found
 
@@ -297,7 +309,9 @@ class Measurer:
         candidates = [Candidate(name, one.artifact.onnx, backend) for name in together if (one := by_name[name]).artifact]
         progress = self.teller.begin(f"latency on {backend}: {shape}")
         try:
-            results = measure_latency(candidates, base_name if has_base else None, shape, self.settings, progress)
+            results = measure_latency(
+                candidates, base_name if has_base else None, shape, self.settings, progress, opener=self.backends.open
+            )
         except MeasureError as error:
             if len(names) == 1:
                 failed[names[0]] = error
@@ -321,12 +335,23 @@ class Measurer:
             "settings": settings,
         }
 
-    @staticmethod
-    def _causes(backend: str, artifact: Artifact, *, threads: int) -> dict[str, Any]:
+    def _check_operators(self, backend: str, one: Made) -> None:
+        """Raise MeasureError where the file holds operators that the backend is known to have no kernel for."""
+        assert one.artifact is not None  # noqa: S101  # callers pass targets that have a file
+        refusal = self.backends.get(backend).refusal(self._content(one.artifact).operators)
+        if refusal:
+            raise MeasureError(f"{one.branch.target.name}: {refusal}", remedy="choose other stages for this backend")
+
+    def _runtime(self, backend: str) -> str | None:
+        """The ONNX Runtime that measures a backend's targets, by distribution and version."""
+        runtime = self.backends.get(backend).runtime
+        return runtime.name if runtime else None
+
+    def _causes(self, backend: str, artifact: Artifact, *, threads: int) -> dict[str, Any]:
         return {
             "model": artifact.digest,
             "backend": backend,
-            "runtime": environment.versions(("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino")),
+            "runtime": self._runtime(backend),
             **environment.processors(),
             "threads": threads,
         }

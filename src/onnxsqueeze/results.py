@@ -79,8 +79,16 @@ class Latency(_Part):
     warmup: int = Field(description="Runs before the first counted one")
     steady: bool = Field(description="False where the warm-up ended at its bound")
     valid: bool = Field(default=True, description="False where others disturbed a block to the end, or the times drifted")
-    repeated_blocks: int = Field(0, description="Blocks run again because others took more than 5 % of the cores")
+    repeated_blocks: int = Field(0, description="Blocks run again because others took more than 5 % of the cores, or waiting models of one")
     disturbed_blocks: int = Field(0, description="Blocks of the 20 in which they still did when no repetition was left")
+    idle_cpu_share: float | None = Field(
+        None,
+        description="Of one core, at most in a counted block, what the models measured beside it used while they waited; null where alone",
+    )
+    peak_memory_bytes: int | None = Field(
+        None,
+        description="Host memory that loading the model and its first run took at most: VmHWM of its process then, less VmRSS before the load",
+    )
     samples: str | None = Field(None, description="Every run in microseconds, one array a round: a compressed .npz beside results.json")
     date: str = Field(description="UTC day of the measurement; older than the run where the store had it")
 
@@ -158,6 +166,10 @@ class Target(_Part):
     name: str
     backend: str
     provider: str
+    runtime: str | None = Field(
+        None,
+        description="Distribution and version of the ONNX Runtime that ran it, which may be in another Python: onnxruntime-openvino 1.24.1",
+    )
     status: Literal["ok", "skipped", "failed"]
     baseline: bool = False
     reason: str | None = None

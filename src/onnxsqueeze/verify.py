@@ -8,6 +8,7 @@ from pathlib import Path
 
 from onnxsqueeze import environment
 from onnxsqueeze.artifact import MODEL_FILE
+from onnxsqueeze.backends import HERE, Backends
 from onnxsqueeze.errors import UsageError
 from onnxsqueeze.measure import golden
 from onnxsqueeze.measure.contention import Reading
@@ -34,7 +35,14 @@ class Finding:
     exit_code: int
 
 
-def verify(path: Path, *, data_dir: Path | None, progress: Progress, reader: Callable[[], Reading | None] = read_load) -> Iterator[Finding]:
+def verify(
+    path: Path,
+    *,
+    data_dir: Path | None,
+    progress: Progress,
+    backends: Backends = HERE,
+    reader: Callable[[], Reading | None] = read_load,
+) -> Iterator[Finding]:
     """Compare a target's folder (or its model.onnx) with what was written when it was measured.
 
     Files and outputs always; latency and metric where the record lies beside the folder. Raises DataError where golden.json is missing or
@@ -43,7 +51,7 @@ def verify(path: Path, *, data_dir: Path | None, progress: Progress, reader: Cal
     folder = path.parent if path.is_file() else path
     known = golden.read(folder)
     yield _files(folder, known)
-    now = golden.answers(folder, known.backend, known.threads, known.max_length, known.sentences)
+    now = golden.answers(folder, known.backend, known.threads, known.max_length, known.sentences, backends)
     yield _outputs(known, now)
     yield _invariance(now)
     record = read_results(folder.parent) if (folder.parent / RESULTS_FILE).is_file() else None
@@ -51,8 +59,8 @@ def verify(path: Path, *, data_dir: Path | None, progress: Progress, reader: Cal
     if record is None or target is None or target.status != "ok":
         yield Finding("record", None, f"no record of it in {folder.parent / RESULTS_FILE}: latency and metric are not compared", 0)
         return
-    yield _latency(folder, record, target, progress, reader)
-    yield from _metrics(folder, record, target, data_dir, progress)
+    yield _latency(folder, record, target, progress, backends, reader)
+    yield from _metrics(folder, record, target, data_dir, progress, backends)
 
 
 def _files(folder: Path, known: golden.Golden) -> Finding:
@@ -81,7 +89,9 @@ def _invariance(now: golden.Golden) -> Finding:
     )
 
 
-def _latency(folder: Path, record: Results, target: Target, progress: Progress, reader: Callable[[], Reading | None]) -> Finding:
+def _latency(
+    folder: Path, record: Results, target: Target, progress: Progress, backends: Backends, reader: Callable[[], Reading | None]
+) -> Finding:
     latency, versus = target.latency, target.vs_baseline
     here = environment.processors()["cpu"]
     if latency is None:
@@ -91,7 +101,13 @@ def _latency(folder: Path, record: Results, target: Target, progress: Progress, 
     shape = Shape(batch=latency.batch, sequence=latency.sequence, threads=latency.threads)
     candidates = [Candidate(place.name, place / MODEL_FILE, target.backend) for place in names]
     found = measure_latency(
-        candidates, base.name if len(names) > 1 and base else None, shape, MeasureSettings(min_seconds=1.0), progress, reader=reader
+        candidates,
+        base.name if len(names) > 1 and base else None,
+        shape,
+        MeasureSettings(min_seconds=1.0),
+        progress,
+        opener=backends.open,
+        reader=reader,
     )
     now = found[folder.name]
     text = f"p50 {now.latency.p50_ms:.2f} ms at {shape} (recorded {latency.p50_ms:.2f} ms)"
@@ -108,7 +124,9 @@ def _latency(folder: Path, record: Results, target: Target, progress: Progress, 
     return Finding("latency", passed, f"{text}; {ratio}", 3)
 
 
-def _metrics(folder: Path, record: Results, target: Target, data_dir: Path | None, progress: Progress) -> Iterator[Finding]:
+def _metrics(
+    folder: Path, record: Results, target: Target, data_dir: Path | None, progress: Progress, backends: Backends
+) -> Iterator[Finding]:
     task = record.task
     if task.name not in NAMES:
         yield Finding("metric", None, f"not compared: the rows of {task.name!r} are the user's own files", 0)
@@ -130,7 +148,7 @@ def _metrics(folder: Path, record: Results, target: Target, data_dir: Path | Non
                 f"{split.source}: not the rows of the record (sha256 differs)",
                 remedy="name the folder of files that the record was made with",
             )
-        logits = predict(folder, target.backend, split, task.max_length, task.batch, threads, progress)
+        logits = predict(folder, target.backend, split, task.max_length, task.batch, threads, progress, opener=backends.open)
         value = evaluate(opened.info, logits, [row.label for row in split.rows])[task.primary].value
         passed = value >= recorded.ci95[0]
         yield Finding(

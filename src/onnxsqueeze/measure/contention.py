@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
 
 OTHERS_SHARE = 0.05  # of the cores that this process may use; above it, what was timed in between proves nothing
+IDLE_SHARE = 0.05  # of one core, that models which wait for their turn may use together
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,32 @@ def read() -> Reading | None:
     return Reading(time.perf_counter(), busy, time.process_time())
 
 
-def others_share(before: Reading | None, after: Reading | None, cores: int) -> float:
+def others_share(before: Reading | None, after: Reading | None, cores: int, timed_s: float = 0.0) -> float:
     """The part of ``cores`` that others used between two readings, from 0 to 1; 0 where there are no readings.
 
-    The kernel counts busy time in ticks of 10 ms, so one of them is left to rounding; in spans under ten, one for each core.
+    ``timed_s`` are the CPU seconds of the process that was timed meanwhile: no others' either. The kernel counts busy time in ticks of
+    10 ms, so one of them is left to rounding; in spans under ten, one for each core.
     """
     if before is None or after is None or after.wall_s <= before.wall_s:
         return 0.0
-    wall, tick = after.wall_s - before.wall_s, 1 / os.sysconf("SC_CLK_TCK")
+    wall, tick = after.wall_s - before.wall_s, _tick_s()
     rounding = tick if wall >= 10 * tick else tick * cores
-    others = (after.busy_s - before.busy_s) - (after.own_s - before.own_s) - rounding
+    others = (after.busy_s - before.busy_s) - (after.own_s - before.own_s) - timed_s - rounding
     return max(0.0, others / (cores * wall))
+
+
+def idle_share(
+    cpu_before: Sequence[float | None], cpu_after: Sequence[float | None], before: Reading | None, after: Reading | None
+) -> float | None:
+    """The part of one core that processes which should wait used between two readings; one tick is left to rounding.
+
+    Lists hold the CPU seconds of each. None where the system does not tell, and where nobody waits.
+    """
+    if before is None or after is None or after.wall_s <= before.wall_s:
+        return None
+    used = [late - early for early, late in zip(cpu_before, cpu_after, strict=True) if early is not None and late is not None]
+    return max(0.0, sum(used) - _tick_s()) / (after.wall_s - before.wall_s) if used else None
+
+
+def _tick_s() -> float:
+    return 1 / os.sysconf("SC_CLK_TCK")

@@ -6,13 +6,15 @@ The sentences are from the toy grammar whatever the task, so the file may travel
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from onnxsqueeze import backends, environment
+from onnxsqueeze import environment
 from onnxsqueeze.artifact import EXTERNAL_DATA_FILE, MODEL_FILE, file_sha256
+from onnxsqueeze.backends import Backends
 from onnxsqueeze.errors import DataError
 from onnxsqueeze.tasks.toy import toy_rows
 from onnxsqueeze.tokens import Encoder, pad
@@ -62,21 +64,20 @@ def sentences(*, pairs: bool) -> tuple[tuple[str, str | None], ...]:
     return tuple((text, texts[i - 1] if pairs else None) for i, text in enumerate(texts))
 
 
-def answers(folder: Path, backend: str, threads: int, max_length: int, asked: tuple[tuple[str, str | None], ...]) -> Golden:
+def answers(
+    folder: Path, backend: str, threads: int, max_length: int, asked: tuple[tuple[str, str | None], ...], backends: Backends
+) -> Golden:
     """What the model in ``folder`` says now to the sentences ``asked``. Raises MeasureError and Unavailable."""
     import numpy as np
-    import onnxruntime as ort
 
     encoder = Encoder(folder, max_length)
     rows = encoder.encode([first for first, _ in asked], [second for _, second in asked])
-    session = backends.get(backend).open(folder / MODEL_FILE, threads)
-    try:
+    with closing(backends.open(backend, folder / MODEL_FILE, threads)) as session:
         alone = np.concatenate([session.run(pad([row], encoder.pad_id)) for row in rows])
         together = session.run(pad(rows, encoder.pad_id))
         width = min(max(len(row) for row in rows) + _PADDING, max_length)
         padded = np.concatenate([session.run(pad([row], encoder.pad_id, max(width, len(row)))) for row in rows])
-    finally:
-        session.close()
+    runtime = backends.get(backend).runtime
     machine = environment.processors()
     return Golden(
         sha256=digests(folder),
@@ -85,7 +86,7 @@ def answers(folder: Path, backend: str, threads: int, max_length: int, asked: tu
         max_length=max_length,
         cpu=machine["cpu"],
         instruction_set=machine["instruction_set"],
-        runtime=ort.__version__,
+        runtime=runtime.version if runtime else "",
         sentences=asked,
         logits=tuple(tuple(float(x) for x in row) for row in alone),
         batch_spread=float(np.abs(together - alone).max()),

@@ -1,15 +1,15 @@
 """Latency of several models beside each other: every ratio is between runs that shared the same seconds.
 
-For one shape, with all sessions open:
+Each model has a process of its own, in which its runs are timed; while one runs the others wait. For one shape, with all open:
 
     load     each session is made twice; the second time counts, when the file is in memory
-    first    the first run of each session
+    first    the first run of each session; the memory that its process took at most until then
     warm-up  windows of runs until the medians of two successive windows differ by at most 3 %, for at most 2 s
     rounds   20 rounds; in each, every model runs one block. A block begins with one run that is not counted (the model before it left
              its weights in the caches) and lasts 1/20 of what settings ask for in runs *and* seconds. The order is drawn anew for
              each cycle and turned by one place each round, so that every model stands equally often in every place.
-    quiet    a block in which others took more than 5 % of the cores is run again, until the blocks are three times as many as planned;
-             what is left disturbed then is counted, and makes the latency invalid
+    quiet    a block in which others took more than 5 % of the cores, or the waiting models more than 5 % of one, is run again, until
+             the blocks are three times as many as planned; what is left disturbed then is counted, and makes the latency invalid
     ratio    median of the baseline ÷ median of the target, with an interval that resamples rounds
     valid    no block was disturbed, and the medians of the first and of the second ten rounds are within 25 % of each other
     verdict  faster or slower where the whole interval lies on one side of 1 and the ratio is beyond 2 %; else a tie
@@ -17,19 +17,17 @@ For one shape, with all sessions open:
 
 from __future__ import annotations
 
-import gc
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from onnxsqueeze import backends
+from onnxsqueeze.backends import HERE, Block
 from onnxsqueeze.environment import default_threads
 from onnxsqueeze.errors import MeasureError
-from onnxsqueeze.measure.contention import OTHERS_SHARE, Reading, others_share, read
+from onnxsqueeze.measure.contention import IDLE_SHARE, OTHERS_SHARE, Reading, idle_share, others_share, read
 from onnxsqueeze.measure.settings import MeasureSettings, Shape
 from onnxsqueeze.results import Latency
 from onnxsqueeze.stage import Progress
@@ -54,12 +52,21 @@ _SEED = 0
 
 
 class Runs(Protocol):
-    """What is timed: `onnxsqueeze.backends.Session`, or anything that runs."""
+    """What is timed: `onnxsqueeze.backends.Session`, or anything that runs and keeps the time."""
 
     load_s: float
 
-    def run(self, feed: Feed) -> object:
-        """One call; its result is not looked at."""
+    def hold(self, feed: Feed) -> None:
+        """Make ``feed`` the input of `time`."""
+
+    def time(self, least_runs: int, least_ms: float, *, uncounted: int = 0) -> Block:
+        """Run until there are enough runs and they took long enough, after some that do not count."""
+
+    def cpu_s(self) -> float | None:
+        """CPU seconds that it has used so far; None where nobody can tell."""
+
+    def memory_bytes(self) -> int | None:
+        """Memory that it has taken at most so far, what it held before the load apart; None where nobody can tell."""
 
     def close(self) -> None:
         """Free what the session holds."""
@@ -70,7 +77,7 @@ Opener = Callable[[str, Path, int], Runs]  # backend, file, threads
 
 @dataclass(frozen=True)
 class Candidate:
-    """One model to measure. ``onnx`` is its file, with config.json beside it; ``backend`` is a name that `backends.get` knows."""
+    """One model to measure. ``onnx`` is its file, with config.json beside it; ``backend`` is a name that the opener knows."""
 
     name: str
     onnx: Path
@@ -91,10 +98,6 @@ class LatencyResult:
     samples_ms: Blocks
 
 
-def _open(backend: str, onnx: Path, threads: int) -> Runs:
-    return backends.get(backend).open(onnx, threads)
-
-
 def measure_latency(
     candidates: Sequence[Candidate],
     baseline: str | None,
@@ -102,8 +105,7 @@ def measure_latency(
     settings: MeasureSettings,
     progress: Progress,
     *,
-    opener: Opener = _open,
-    clock: Callable[[], int] = time.perf_counter_ns,
+    opener: Opener = HERE.open,
     reader: Callable[[], Reading | None] = read,
 ) -> dict[str, LatencyResult]:
     """Time all ``candidates`` at one shape, interleaved; per name its latency and its ratio to the one named ``baseline``.
@@ -112,36 +114,38 @@ def measure_latency(
     ``min_seconds`` are used. Raises MeasureError where a model does not take the shape, Unavailable where a backend does not start.
     """
     feeds = {c.name: _feed(c, shape) for c in candidates}
-    watches: dict[str, _Stopwatch] = {}
+    sessions: dict[str, Runs] = {}
     try:
         for c in candidates:
             opener(c.backend, c.onnx, shape.threads).close()
-            watches[c.name] = _Stopwatch(opener(c.backend, c.onnx, shape.threads), feeds[c.name], clock)
-        first_ms = {name: watch.run_ms() for name, watch in watches.items()}
-        total = len(watches) * (ROUNDS + 1)
+            sessions[c.name] = opener(c.backend, c.onnx, shape.threads)
+            sessions[c.name].hold(feeds[c.name])
+        first_ms = {name: float(session.time(1, 0.0).times_ms[0]) for name, session in sessions.items()}
+        memory = {name: session.memory_bytes() for name, session in sessions.items()}
+        total = len(sessions) * (ROUNDS + 1)
         warm: dict[str, tuple[int, bool]] = {}
-        for done, (name, watch) in enumerate(watches.items()):
+        for done, (name, session) in enumerate(sessions.items()):
             progress(done, total, f"warming up {name}")
-            warm[name] = watch.warm_up()
-        samples: dict[str, list[_Block]] = {name: [] for name in watches}
-        cores, spare = default_threads(), (REPEATS - 1) * ROUNDS * len(watches)
-        for done, name in enumerate(_order(list(watches)), start=len(watches)):
+            warm[name] = _warm_up(session)
+        samples: dict[str, list[_Timed]] = {name: [] for name in sessions}
+        spare = (REPEATS - 1) * ROUNDS * len(sessions)
+        for done, name in enumerate(_order(list(sessions)), start=len(sessions)):
             progress(done, total, name)
-            block = watches[name].block(settings, reader, cores)
-            while block.others > OTHERS_SHARE and spare:
+            block = _block(name, sessions, settings, reader)
+            while block.disturbed and spare:
                 spare -= 1
-                block = replace(watches[name].block(settings, reader, cores), repeats=block.repeats + 1)
+                block = replace(_block(name, sessions, settings, reader), repeats=block.repeats + 1)
             samples[name].append(block)
         progress(total, total)
     finally:
-        for watch in watches.values():
-            watch.session.close()
+        for session in sessions.values():
+            session.close()
     blocks = {name: tuple(block.times_ms for block in found) for name, found in samples.items()}
     latencies = {
-        name: _latency(blocks[name], shape, watch.session.load_s, first_ms[name], *warm[name], _unrest(samples[name]))
-        for name, watch in watches.items()
+        name: _latency(blocks[name], shape, session.load_s, first_ms[name], *warm[name], _quiet(samples[name]), memory[name])
+        for name, session in sessions.items()
     }
-    return {name: _result(name, baseline, latencies, blocks) for name in watches}
+    return {name: _result(name, baseline, latencies, blocks) for name in sessions}
 
 
 def verdict(speedup: float, ci95: tuple[float, float]) -> Verdict:
@@ -163,19 +167,40 @@ def _result(name: str, baseline: str | None, latencies: Mapping[str, Latency], b
 
 
 @dataclass(frozen=True)
-class _Block:
-    """One block's runs, the part of the cores that others took meanwhile, and how often it was run again for that."""
+class _Timed:
+    """One block's runs; meanwhile the part of the cores that others took, and of one core the waiting models; how often it was run again."""
 
     times_ms: NDArray[np.float64]
     others: float
+    idle: float | None
     repeats: int = 0
 
+    @property
+    def disturbed(self) -> bool:
+        """Whether it proves nothing."""
+        return self.others > OTHERS_SHARE or (self.idle or 0.0) > IDLE_SHARE
 
-def _unrest(blocks: Sequence[_Block]) -> dict[str, int]:
-    """The two counts of a record: blocks that were run again, and blocks that others disturbed all the same."""
+
+def _block(name: str, sessions: Mapping[str, Runs], settings: MeasureSettings, reader: Callable[[], Reading | None]) -> _Timed:
+    """The runs of one block, without its first one, and what others and the waiting models took of the CPU meanwhile."""
+    waiting = [session for other, session in sessions.items() if other != name]
+    idle_before, before = [session.cpu_s() for session in waiting], reader()
+    block = sessions[name].time(-(-settings.min_runs // ROUNDS), 1000 * settings.min_seconds / ROUNDS, uncounted=1)
+    after, idle_after = reader(), [session.cpu_s() for session in waiting]
+    return _Timed(
+        block.times_ms,
+        others_share(before, after, default_threads(), block.cpu_s),
+        idle_share(idle_before, idle_after, before, after),
+    )
+
+
+def _quiet(blocks: Sequence[_Timed]) -> dict[str, Any]:
+    """What a record says of the quiet: blocks that were run again, blocks that were disturbed all the same, the waiting models' CPU."""
+    known = [block.idle for block in blocks if block.idle is not None]
     return {
         "repeated_blocks": sum(block.repeats for block in blocks),
-        "disturbed_blocks": sum(block.others > OTHERS_SHARE for block in blocks),
+        "disturbed_blocks": sum(block.disturbed for block in blocks),
+        "idle_cpu_share": max(known) if known else None,
     }
 
 
@@ -186,7 +211,8 @@ def _latency(
     first_run_ms: float,
     warmup: int,
     steady: bool,  # noqa: FBT001  # a fact, not a switch
-    unrest: Mapping[str, int],
+    quiet: Mapping[str, Any],
+    memory_bytes: int | None,
 ) -> Latency:
     import numpy as np
 
@@ -208,9 +234,10 @@ def _latency(
         max_ms=float(runs.max()),
         warmup=warmup,
         steady=steady,
-        valid=max(halves) <= DRIFT_RATIO * min(halves) and not unrest["disturbed_blocks"],
+        valid=max(halves) <= DRIFT_RATIO * min(halves) and not quiet["disturbed_blocks"],
+        peak_memory_bytes=memory_bytes,
         date=datetime.now(UTC).date().isoformat(),
-        **unrest,
+        **quiet,
     )
 
 
@@ -227,58 +254,20 @@ def _order(names: list[str]) -> Iterator[str]:
         yield from (*order[turn:], *order[:turn])
 
 
-@dataclass(frozen=True)
-class _Stopwatch:
-    """Times runs of one session on one input by a clock in nanoseconds."""
+def _warm_up(session: Runs) -> tuple[int, bool]:
+    """Run until two successive windows agree: (runs, whether they did before the time was up)."""
+    from statistics import median
 
-    session: Runs
-    feed: Feed
-    clock: Callable[[], int]
-
-    def run_ms(self) -> float:
-        """The time of one run."""
-        began = self.clock()
-        self.session.run(self.feed)
-        return (self.clock() - began) / 1e6
-
-    def runs_ms(self, least_runs: int, least_ms: float) -> list[float]:
-        """The time of each run, until there are enough runs and they took long enough."""
-        times: list[float] = []
-        spent = 0.0
-        while len(times) < least_runs or spent < least_ms:
-            times.append(self.run_ms())
-            spent += times[-1]
-        return times
-
-    def warm_up(self) -> tuple[int, bool]:
-        """Run until two successive windows agree: (runs, whether they did before the time was up)."""
-        from statistics import median
-
-        runs, spent, before = 0, 0.0, None
-        while True:
-            window = self.runs_ms(_WINDOW_RUNS, _WINDOW_MS)
-            runs, spent, now = runs + len(window), spent + sum(window), median(window)
-            if before is not None:
-                if max(now, before) <= _STEADY_RATIO * min(now, before):
-                    return runs, True
-                if spent > _WARMUP_MS:
-                    return runs, False
-            before = now
-
-    def block(self, settings: MeasureSettings, reader: Callable[[], Reading | None], cores: int) -> _Block:
-        """The runs of one block, without its first one and without garbage collection, and what others took of ``cores`` meanwhile."""
-        import numpy as np
-
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            self.session.run(self.feed)
-            before = reader()
-            times = np.array(self.runs_ms(-(-settings.min_runs // ROUNDS), 1000 * settings.min_seconds / ROUNDS))
-            return _Block(times, others_share(before, reader(), cores))
-        finally:
-            if collecting:
-                gc.enable()
+    runs, spent, before = 0, 0.0, None
+    while True:
+        window = session.time(_WINDOW_RUNS, _WINDOW_MS).times_ms.tolist()
+        runs, spent, now = runs + len(window), spent + sum(window), median(window)
+        if before is not None:
+            if max(now, before) <= _STEADY_RATIO * min(now, before):
+                return runs, True
+            if spent > _WARMUP_MS:
+                return runs, False
+        before = now
 
 
 def _feed(candidate: Candidate, shape: Shape) -> Feed:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from onnxsqueeze import backends
 from onnxsqueeze.artifact import MODEL_FILE
+from onnxsqueeze.backends import HERE, Opener
 from onnxsqueeze.errors import MeasureError
 from onnxsqueeze.results import MetricDelta, MetricValue
 from onnxsqueeze.stage import Progress
@@ -22,7 +23,15 @@ _TELL_EVERY = 50  # calls between two reports of progress
 
 
 def predict(
-    folder: Path, backend: str, split: SplitRows, max_length: int, batch: int, threads: int, progress: Progress
+    folder: Path,
+    backend: str,
+    split: SplitRows,
+    max_length: int,
+    batch: int,
+    threads: int,
+    progress: Progress,
+    *,
+    opener: Opener = HERE.open,
 ) -> NDArray[np.float32]:
     """``logits[rows, outputs]`` of every row in the file's order, ``batch`` rows a call, each padded to the longest of its call.
 
@@ -33,26 +42,25 @@ def predict(
 
     encoder = Encoder(folder, max_length)
     rows = encoder.encode([row.text for row in split.rows], [row.text_pair for row in split.rows])
-    session = backends.get(backend).open(folder / MODEL_FILE, threads)
     found: list[NDArray[np.float32]] = []
-    for call, at in enumerate(range(0, len(rows), batch)):
-        part = rows[at : at + batch]
-        logits = session.run(pad(part, encoder.pad_id))
-        if logits.ndim != 2 or len(logits) != len(part) or (found and logits.shape[1] != found[0].shape[1]):
-            raise MeasureError(
-                f"{folder.name}/{MODEL_FILE}: logits of {len(part)} rows have shape {list(logits.shape)}, expected [{len(part)}, outputs]",
-                remedy="export the model with a classification head",
-            )
-        if not np.isfinite(logits).all():
-            first = at + int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
-            raise MeasureError(
-                f"{folder.name}/{MODEL_FILE}: row {first + 1} of {split.name} gives logits that are not finite",
-                remedy="a number overflowed: leave out float16 or use another calibration",
-            )
-        found.append(logits)
-        if call % _TELL_EVERY == 0:
-            progress(at, len(rows))
-    session.close()
+    with closing(opener(backend, folder / MODEL_FILE, threads)) as session:
+        for call, at in enumerate(range(0, len(rows), batch)):
+            part = rows[at : at + batch]
+            logits = session.run(pad(part, encoder.pad_id))
+            if logits.ndim != 2 or len(logits) != len(part) or (found and logits.shape[1] != found[0].shape[1]):
+                raise MeasureError(
+                    f"{folder.name}/{MODEL_FILE}: logits of {len(part)} rows have shape {list(logits.shape)}, expected [{len(part)}, outputs]",
+                    remedy="export the model with a classification head",
+                )
+            if not np.isfinite(logits).all():
+                first = at + int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
+                raise MeasureError(
+                    f"{folder.name}/{MODEL_FILE}: row {first + 1} of {split.name} gives logits that are not finite",
+                    remedy="a number overflowed: leave out float16 or use another calibration",
+                )
+            found.append(logits)
+            if call % _TELL_EVERY == 0:
+                progress(at, len(rows))
     progress(len(rows), len(rows))
     return np.concatenate(found)
 

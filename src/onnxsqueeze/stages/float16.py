@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from onnxsqueeze import graph, weights
+from onnxsqueeze import backends, graph, weights
 from onnxsqueeze.artifact import Artifact, copy_side_files
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.stage import Changed, Context, Stage, State
@@ -31,10 +31,8 @@ class Float16(Stage):
     kind: Literal["float16"] = "float16"
 
     def refuses(self, backend: str) -> str | None:
-        """CPUs compute it in float32, with casts around every node."""
-        if backend == "cpu":
-            return "on CPUs ONNX Runtime casts float16 to float32 and back around most operators: slower than float32; use quantize-dynamic"
-        return None
+        """What speaks against half precision there."""
+        return backends.get(backend).float16
 
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:  # noqa: ARG002, the contract's arguments
         """Write ``out/model.onnx``; raises StageError where no weight was float32 or where logits are no longer numbers."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from onnxsqueeze import graph
+from onnxsqueeze import backends, graph
 from onnxsqueeze.artifact import MODEL_FILE, Artifact, copy_side_files
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.stage import Changed, Context, Stage, State
@@ -43,10 +43,8 @@ class QuantizeDynamic(Stage):
         return depends_on_machine(self.reduce_range)
 
     def refuses(self, backend: str) -> str | None:
-        """CUDA and TensorRT have no kernels for it."""
-        if backend in ("cuda", "tensorrt"):
-            return f"dynamic int8 has no {backend.upper()} kernels: it runs on the CPU, with copies; use float16 or quantize-weights"
-        return None
+        """Backends without kernels for what it writes."""
+        return backends.get(backend).refusal(("DynamicQuantizeLinear", "MatMulInteger"))
 
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:  # noqa: ARG002, the contract's arguments
         """Write ``out/model.onnx``; raises StageError where nothing, or nothing of a named operator, was quantized."""

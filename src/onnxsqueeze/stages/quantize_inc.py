@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from onnxsqueeze import graph
+from onnxsqueeze import backends, graph
 from onnxsqueeze.artifact import Artifact, copy_side_files
 from onnxsqueeze.errors import StageError, without_paths
 from onnxsqueeze.stage import Changed, Context, Stage, State
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _LINES_SHOWN = 12
+_WRITES = {"dynamic": ("DynamicQuantizeLinear", "MatMulInteger"), "static": ("QLinearMatMul",)}
 _TOUCHED = ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES")  # neural-compressor sets or removes them, and would hide the GPU from later stages
 
 
@@ -57,10 +58,8 @@ class QuantizeInc(Stage):
         return depends_on_machine(self.reduce_range)
 
     def refuses(self, backend: str) -> str | None:
-        """CUDA and TensorRT have no kernels for what it writes."""
-        if backend in ("cuda", "tensorrt"):
-            return f"neural-compressor's integer operators have no {backend.upper()} kernels: use float16 or quantize-weights"
-        return None
+        """Backends without kernels for what it writes, which depends on the approach."""
+        return backends.get(backend).refusal(_WRITES[self.approach])
 
     def unavailable(self) -> tuple[str, str] | None:
         """The optional dependency of the extra ``inc``."""

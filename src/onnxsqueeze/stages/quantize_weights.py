@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from onnxsqueeze import graph
+from onnxsqueeze import backends, graph
 from onnxsqueeze.artifact import Artifact, copy_side_files
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.stage import Changed, Context, Stage, State
@@ -36,6 +36,10 @@ class QuantizeWeights(Stage):
     block_size: Literal[16, 32, 64, 128, 256] = Field(32, description="Weights that share a scale")
 
     embeddings: bool = Field(default=True, description="Store embeddings in 8 bits too")
+
+    def refuses(self, backend: str) -> str | None:
+        """Backends without a kernel that unpacks the weights."""
+        return backends.get(backend).refusal((_NBITS,))
 
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:  # noqa: ARG002, the contract's arguments
         """Write ``out/model.onnx``; raises StageError where no weight was quantized."""
