@@ -45,7 +45,6 @@ class Killer:
 # 64 rows in batches of 16: 4 steps an epoch
 STAGES: dict[str, TrainingSettings] = {
     "finetune": Finetune(epochs=3, batch_size=16, learning_rate=1e-3),
-    "finetune-average": Finetune(epochs=3, batch_size=16, learning_rate=1e-3, average=True),
     "distill": Distill(layers=1, epochs=3, batch_size=16, learning_rate=1e-3, alpha_attention=1.0, freeze_embeddings=True),
     "prune-weights": PruneWeights(epochs=3, batch_size=16, learning_rate=1e-3, sparsity=0.7, recovery=0.1),
 }

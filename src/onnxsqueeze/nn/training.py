@@ -13,7 +13,6 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from onnxsqueeze.errors import MeasureError, StageError
-from onnxsqueeze.nn.averaging import PolynomialAverage
 from onnxsqueeze.nn.batches import Examples, by_length, epoch_order
 from onnxsqueeze.nn.family import Family, embedding_weights
 from onnxsqueeze.nn.precision import Precision, effective
@@ -125,13 +123,11 @@ def train(
     companion: nn.Module | None = None,
     after_step: Callable[[int], None] | None = None,
     first_epoch_to_keep: int = 1,
-    average: bool = False,
 ) -> Outcome:
     """Minimise ``loss``, which runs the model itself; leave in ``model`` the weights of the epoch that scored best on the selection rows.
 
     ``companion`` is trained and checkpointed beside the model and not part of the result (projections, masks). ``after_step`` gets the
     number of finished steps. Epochs count from 1; those before ``first_epoch_to_keep`` are never kept. Ties go to the earlier epoch.
-    With ``average`` it is the averaged weights that are scored after an epoch, and kept (`onnxsqueeze.nn.averaging`).
     Resumes at the last finished epoch found in ``context.checkpoint``; a saved state that cannot be read is deleted and training starts anew.
 
     Raises StageError when the loss is no longer finite, or when no epoch that may be kept has a score.
@@ -158,8 +154,7 @@ def train(
         except _UNREADABLE:
             state_file.unlink()
             restarted = "the saved state could not be read"
-    averaged = PolynomialAverage(model) if average else None
-    state.restore(model, companion, optimizer, averaged)
+    state.restore(model, companion, optimizer)
     resumed_at = state.epoch + 1 if 0 < state.epoch < settings.epochs else None
 
     with torch.random.fork_rng():
@@ -187,24 +182,21 @@ def train(
                 optimizer.zero_grad()
                 if after_step:
                     after_step(step + 1)
-                if averaged:
-                    averaged.after_step(model, step + 1)
                 summed += number * len(rows)
                 seen += len(rows)
                 context.progress(step + 1, total, f"epoch {epoch}/{settings.epochs}, loss {summed / seen:.3g}")
-            with averaged.in_place_of(model) if averaged else nullcontext():
-                score = _score(context, predict(model, family, selection))
-                state.add(
-                    {
-                        "epoch": epoch,
-                        "loss": summed / len(examples),
-                        "score": score,
-                        "seconds": time.perf_counter() - started,
-                    },
-                    model,
-                    keep=epoch >= first_epoch_to_keep,
-                )
-            state.write(state_file, model, companion, optimizer, averaged)
+            score = _score(context, predict(model, family, selection))
+            state.add(
+                {
+                    "epoch": epoch,
+                    "loss": summed / len(examples),
+                    "score": score,
+                    "seconds": time.perf_counter() - started,
+                },
+                model,
+                keep=epoch >= first_epoch_to_keep,
+            )
+            state.write(state_file, model, companion, optimizer)
 
     if state.history[state.best_epoch - 1]["score"] is None:
         state_file.unlink()  # or it would be found, and fail, again
@@ -246,16 +238,14 @@ class _State:
         state = cls()
         state._saved = saved
         state.epoch, state.history, state.best_epoch = saved["epoch"], saved["history"], saved["best_epoch"]
-        state.best = saved["model"] if saved["best"] is None else saved["best"]  # stored once where it is the weights of the last step
+        state.best = saved["model"] if saved["best"] is None else saved["best"]  # stored once where the last epoch is the best
         return state
 
-    def restore(self, model: nn.Module, companion: nn.Module, optimizer: torch.optim.Optimizer, averaged: PolynomialAverage | None) -> None:
+    def restore(self, model: nn.Module, companion: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if self._saved is not None:
             model.load_state_dict(self._saved["model"])
             companion.load_state_dict(self._saved["companion"])
             optimizer.load_state_dict(self._saved["optimizer"])
-            if averaged:
-                averaged.restore(self._saved["averaged"])
             self._saved = None
 
     def add(self, entry: dict[str, Any], model: nn.Module, *, keep: bool) -> None:
@@ -268,14 +258,7 @@ class _State:
             self.best_epoch = self.epoch
             self.best = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
-    def write(
-        self,
-        file: Path,
-        model: nn.Module,
-        companion: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        averaged: PolynomialAverage | None,
-    ) -> None:
+    def write(self, file: Path, model: nn.Module, companion: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Replace ``file`` in one step: a killed process leaves the old one or the new one."""
         draft = file.with_suffix(".draft")
         with draft.open("wb") as handle:
@@ -284,8 +267,7 @@ class _State:
                     "epoch": self.epoch,
                     "history": self.history,
                     "best_epoch": self.best_epoch,
-                    "best": None if self.best_epoch == self.epoch and not averaged else self.best,
-                    "averaged": averaged.tensors if averaged else None,
+                    "best": None if self.best_epoch == self.epoch else self.best,
                     "model": model.state_dict(),
                     "companion": companion.state_dict(),
                     "optimizer": optimizer.state_dict(),

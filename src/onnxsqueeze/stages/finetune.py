@@ -16,9 +16,6 @@ class Finetune(TrainingSettings):
     """Trains all weights on the task's loss, with a new head where the checkpoint has none of this width."""
 
     kind: Literal["finetune"] = "finetune"
-    average: bool = Field(
-        default=False, description="Keep the running average of the weights instead of the last step's: helps where training is noisy"
-    )
     force: bool = Field(default=False, description="Train even where the model brings a trained head")
 
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:  # noqa: ARG002, needs no teacher
@@ -41,7 +38,6 @@ class Finetune(TrainingSettings):
             examples=batches.encode(parent.path, context.train.rows, task.max_length),
             selection=batches.encode(parent.path, context.selection.rows, task.max_length),
             loss=loss,
-            average=self.average,
         )
         checkpoint.save(model, parent.path, out, task)
         return Changed(checkpoint.changed_tensors(parent.path, out), "tensors", outcome.details())
