@@ -16,6 +16,7 @@ from onnxsqueeze.errors import StageError
 from onnxsqueeze.measure.latency import Candidate, LatencyResult, measure_latency
 from onnxsqueeze.measure.metric import predict
 from onnxsqueeze.measure.settings import MeasureSettings, Shape
+from onnxsqueeze.measure.work import FixedWork
 from onnxsqueeze.stage import Changed, Context, Stage, State
 from onnxsqueeze.stages import calibration
 
@@ -246,4 +247,4 @@ class _Workshop:
         call = self.context.call
         shape = Shape(batch=call.batch, sequence=call.tokens, threads=call.threads)
         settings = MeasureSettings(min_runs=60, min_seconds=seconds)
-        return measure_latency(candidates, next(iter(sets)), shape, settings, self.context.progress)
+        return measure_latency(candidates, next(iter(sets)), FixedWork(shape), settings, self.context.progress)
