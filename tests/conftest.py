@@ -1,4 +1,4 @@
-"""What every test gets: a store of its own, and no way to the network."""
+"""What every test gets: a store of its own, no configuration file, and no way to the network."""
 
 from __future__ import annotations
 
@@ -18,4 +18,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "store"
     monkeypatch.setenv("ONNXSQUEEZE_STORE", str(root))
+    monkeypatch.delenv("ONNXSQUEEZE_CONFIG", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     return root

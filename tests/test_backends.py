@@ -115,7 +115,7 @@ def test_operators_without_kernels_are_refused_with_the_reason() -> None:
     dynamic = ("DynamicQuantizeLinear", "MatMul", "MatMulInteger")
 
     assert backends.get("cuda").refusal(dynamic) == (
-        "CUDAExecutionProvider has no kernel for DynamicQuantizeLinear: such nodes run on the CPU, with copies; use float16 or quantize-weights"
+        "CUDAExecutionProvider has no kernel for DynamicQuantizeLinear: such nodes would run on another provider, with copies in between; use float16 or quantize-weights"
     )
     assert "DynamicQuantizeLinear, MatMulInteger" in (backends.get("tensorrt").refusal(dynamic) or "")
     for name in backends.known():

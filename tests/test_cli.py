@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pythons import environment
 from records import qdp_results
 from runs import RECIPES, ROOT, command
 
@@ -111,3 +112,18 @@ def test_no_published_record_names_a_path_host_or_user() -> None:
         text = file.read_text(encoding="utf-8")
         found = re.findall(r"(?<![\w.:/<])/(?:home|root|tmp|usr|var|mnt|opt|srv|Users)/[^\s\"'<]*", text)
         assert not found, f"{file.name}: {found[:3]}"
+
+
+def test_doctor_tells_each_backends_python_and_what_it_lacks(tmp_path: Path) -> None:
+    bare, other = environment(tmp_path / "bare", packages=False), environment(tmp_path / "other", packages=True)
+    done = command("doctor", "--python", f"openvino={bare}", "--python", f"cpu={other}", cwd=tmp_path)
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    at = lines.index("cpu: ready (CPUExecutionProvider started a session)")
+    assert re.fullmatch(rf"  onnxruntime [0-9.]+ in {other}", lines[at + 1])
+    at = lines.index("cuda: not available: " + next(line for line in lines if line.startswith("cuda:")).split(": ", 2)[2])
+    assert "pip install numpy onnxruntime-gpu" in lines[at + 1]
+    assert lines[at + 2].endswith(" in this Python")
+    at = lines.index("openvino: not available: the Python named for openvino has no numpy")
+    assert "pip install numpy onnxruntime-openvino  (in that Python)" in lines[at + 1]
+    assert lines[at + 2] == f"  no onnxruntime in {bare}"

@@ -65,3 +65,11 @@ def test_bits_and_block_sizes_without_a_kernel_are_refused_before_anything_runs(
     for wrong in ({"bits": 3}, {"block_size": 48}):
         with pytest.raises(ValidationError):
             stage(**wrong)
+
+
+def test_backends_without_kernels_are_refused_and_embeddings_decide_for_openvino() -> None:
+    assert "no kernel for com.microsoft.GatherBlockQuantized" in (stage().refuses("openvino") or "")
+    assert stage(embeddings=False).refuses("openvino") is None
+    assert "no kernel for com.microsoft.GatherBlockQuantized, com.microsoft.MatMulNBits" in (stage().refuses("tensorrt") or "")
+    assert stage().refuses("cuda") is None
+    assert stage().refuses("cpu") is None

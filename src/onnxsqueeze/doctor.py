@@ -44,8 +44,8 @@ def _print_backend(console: Console, backend: Backend) -> None:
         f"{backend.name}: ready ({backend.provider} started a session)" if absent is None else f"{backend.name}: not available: {absent[0]}"
     )
     console.print(text, soft_wrap=True, markup=False)
+    if absent:
+        console.print(f"  remedy: {absent[1]}", soft_wrap=True, markup=False)
     console.print(f"  {runtime.name if runtime else 'no onnxruntime'} in {where}", soft_wrap=True, markup=False)
     if runtime and runtime.clash:
         console.print(f"  {runtime.clash}: uninstall them all, then install the one you need", soft_wrap=True, markup=False)
-    if absent:
-        console.print(f"  remedy: {absent[1]}", soft_wrap=True, markup=False)

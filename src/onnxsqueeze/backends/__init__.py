@@ -30,6 +30,8 @@ _BACKENDS = (
         "openvino",
         "OpenVINOExecutionProvider",
         "onnxruntime-openvino",
+        lacks=limits.OPENVINO,
+        instead="use quantize-static, or quantize-weights with `embeddings: false`",
         options=(("device_type", "CPU"),),
         threads_option="num_of_threads",
     ),

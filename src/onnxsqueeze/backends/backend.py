@@ -66,7 +66,7 @@ class Backend:
         lacking = sorted(self.lacks.intersection(operators))
         if not lacking:
             return None
-        return f"{self.provider} has no kernel for {', '.join(lacking)}: such nodes run on the CPU, with copies; {self.instead}"
+        return f"{self.provider} has no kernel for {', '.join(lacking)}: such nodes would run on another provider, with copies in between; {self.instead}"
 
     def open(self, onnx: Path, threads: int) -> Session:
         """A session of the file on this provider, with ``threads`` threads inside an operator and stock graph optimization.

@@ -16,7 +16,7 @@ from onnxsqueeze.stages.chatter import captured
 if TYPE_CHECKING:
     import onnx
 
-_NBITS = "com.microsoft.MatMulNBits"
+_NBITS, _GATHER = "com.microsoft.MatMulNBits", "com.microsoft.GatherBlockQuantized"
 
 
 class QuantizeWeights(Stage):
@@ -38,8 +38,8 @@ class QuantizeWeights(Stage):
     embeddings: bool = Field(default=True, description="Store embeddings in 8 bits too")
 
     def refuses(self, backend: str) -> str | None:
-        """Backends without a kernel that unpacks the weights."""
-        return backends.get(backend).refusal((_NBITS,))
+        """Backends without kernels that unpack the weights."""
+        return backends.get(backend).refusal((_NBITS, _GATHER) if self.embeddings else (_NBITS,))
 
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:  # noqa: ARG002, the contract's arguments
         """Write ``out/model.onnx``; raises StageError where no weight was quantized."""
