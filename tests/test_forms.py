@@ -143,7 +143,20 @@ def test_the_attention_operator_takes_the_place_of_everything_between_products_a
     written, counts = rewritten(parent, tmp_path / "all", NAMES)
     found = graph.operators(written)
     assert (counts["attention-operator"], counts["sequence-first"]) == (2, 0)
-    assert found["com.microsoft.MultiHeadAttention"] == 2
+    assert found["Attention"] == 2
+    assert found["Expand"] == 1, "a row of the mask for each query, for all layers but the last, which has one query"
     assert not {"Softmax", "Transpose", "com.microsoft.FusedMatMul"} & set(found)
     off, scale = difference(parent.onnx, written, context, optimized=True)
     assert off <= 2.0**-16 * scale
+
+
+def test_a_residual_is_subtracted_where_weights_can_take_the_sign_and_no_bit_changes(
+    exported: tuple[Artifact, Artifact, Context], tmp_path: Path
+) -> None:
+    for parent in exported[:2]:
+        written, counts = rewritten(parent, tmp_path / parent.path.name, ["unfused-residual"])
+        before, after = graph.operators(parent.onnx), graph.operators(written)
+        assert counts["unfused-residual"] == 5
+        assert after["Sub"] - before.get("Sub", 0) == 4, "two a layer"
+        assert after["Sum"] == 1, "the embeddings"
+        assert difference(parent.onnx, written, exported[2], optimized=False)[0] == 0
