@@ -52,6 +52,8 @@ class OptimizeGraph(Stage):
     tools: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnx", "onnx-ir")
     uses_data: ClassVar[bool] = True
 
+    version: ClassVar[int] = 2  # 2: Attention as one node, residuals subtracted
+
     kind: Literal["optimize-graph"] = "optimize-graph"
     forms: tuple[FormName, ...] | None = Field(
         None,
