@@ -118,7 +118,8 @@ def test_tuning_keeps_what_no_trial_found_slower_and_records_every_trial(
     rounds = max(trial["round"] for trial in trials)
     first = [trial for trial in trials if trial["round"] == 1]
     assert [trial["forms"] for trial in first][:2] == [NAMES, []]
-    assert sorted(len(trial["forms"]) for trial in first) == [0, *[len(NAMES) - 1] * len(NAMES), len(NAMES)]
+    tried = [set(NAMES) - set(trial["forms"]) for trial in first[2:]]
+    assert tried == [{name} for name in NAMES if name != "sequence-first"], "which has nothing to do beside attention-operator"
     assert len(left_out) in (rounds - 1, rounds), "each round but the last leaves one form out"
     for name in left_out:
         assert any((trial["speedup_ci95"] or [0])[0] > 1 and name not in trial["forms"] for trial in trials)
