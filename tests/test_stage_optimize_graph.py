@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
@@ -152,3 +154,36 @@ targets:
 def test_the_same_graph_gives_the_same_bytes(exported: tuple[Artifact, Artifact, Context], tmp_path: Path) -> None:
     made = [build(OptimizeGraph(), artifact(exported[0].path, "onnx"), tmp_path / name, exported[2])[0] for name in ("one", "two")]
     assert made[0].onnx.read_bytes() == made[1].onnx.read_bytes()
+
+
+def without_softmax(parent: Artifact, folder: Path) -> Artifact:
+    """The same model with each softmax written out, as some exporters do: no attention can be recognised in it."""
+    model = onnx.load(parent.onnx)
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        if node.op_type != "Softmax":
+            nodes.append(node)
+            continue
+        (given,), (result,) = node.input, node.output
+        axis = f"{result}_axis"
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1], np.int64), axis))
+        nodes += [
+            onnx.helper.make_node("ReduceMax", [given, axis], [f"{result}_max"]),
+            onnx.helper.make_node("Sub", [given, f"{result}_max"], [f"{result}_below"]),
+            onnx.helper.make_node("Exp", [f"{result}_below"], [f"{result}_exp"]),
+            onnx.helper.make_node("ReduceSum", [f"{result}_exp", axis], [f"{result}_sum"]),
+            onnx.helper.make_node("Div", [f"{result}_exp", f"{result}_sum"], [result]),
+        ]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    shutil.copytree(parent.path, folder)
+    onnx.save(model, folder / "model.onnx")
+    return artifact(folder, "onnx")
+
+
+def test_a_graph_whose_attention_cannot_be_recognised_is_told(exported: tuple[Artifact, Artifact, Context], tmp_path: Path) -> None:
+    parent = without_softmax(exported[0], tmp_path / "parent")
+    _, changed = build(OptimizeGraph(), parent, tmp_path / "all", exported[2])
+    assert "attention-operator" in changed.details["found_nothing"]
+    with pytest.raises(StageError, match=r"forms: attention-operator found nothing to change in this graph"):
+        build(OptimizeGraph(forms=("constant-shapes", "attention-operator")), parent, tmp_path / "named", exported[2])

@@ -16,9 +16,12 @@ _FOLDED_ELEMENTS = 1 << 16  # constants are computed ahead up to this size: shap
 
 
 def read(model: onnx.ModelProto) -> ir.Model:
-    """``model`` with symbolic shapes on its values and every constant an initializer. Source: onnxruntime.tools.symbolic_shape_infer."""
+    """``model`` with symbolic shapes on its values and every constant an initializer.
+
+    Shapes are ONNX Runtime's (onnxruntime.tools.symbolic_shape_infer), or where it fails those of onnx.shape_inference, which knows fewer:
+    forms then find fewer places.
+    """
     from onnx_ir.passes.common import LiftConstantsToInitializersPass
-    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
     hidden, plain = {}, model.__class__.FromString(model.SerializeToString())
     for node in plain.graph.node:
@@ -27,12 +30,23 @@ def read(model: onnx.ModelProto) -> ir.Model:
             hidden[node.output[0]] = node.__class__.FromString(node.SerializeToString())
             node.op_type = "Identity"
             del node.input[1:], node.attribute[:]
-    inferred = SymbolicShapeInference.infer_shapes(plain, auto_merge=True)
+    inferred = _with_shapes(plain)
     for node in inferred.graph.node:
         if node.output[0] in hidden:
             node.CopyFrom(hidden[node.output[0]])
     found: ir.Model = ir.from_proto(inferred)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(found)
+    return found
+
+
+def _with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    from onnx.shape_inference import infer_shapes
+    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
+
+    try:
+        found: onnx.ModelProto = SymbolicShapeInference.infer_shapes(model.__class__.FromString(model.SerializeToString()), auto_merge=True)
+    except Exception:  # noqa: BLE001  # it asserts, indexes and unpacks what an operator it does not know has left empty
+        return infer_shapes(model, data_prop=True)
     return found
 
 

@@ -92,8 +92,15 @@ class OptimizeGraph(Stage):
             chosen, trials = self._tuned(workshop) if self.tune else (self.wanted(), [])
             chosen, proof = self._held(workshop, chosen)
             changed = workshop.apply(chosen, out)
+        idle = [name for name in chosen if name not in changed]
+        if idle and self.forms is not None and not self.tune:
+            raise StageError(
+                f"{self.name}: forms: {', '.join(idle)} found nothing to change in this graph",
+                remedy="leave out what finds nothing, or put this stage elsewhere; sequence-first finds nothing behind attention-operator",
+            )
         copy_side_files(parent.path, out)
-        details = {"forms": changed, "left_out": [name for name in self.wanted() if name not in chosen], **proof}
+        left_out = [name for name in self.wanted() if name not in chosen]
+        details = {"forms": changed, "left_out": left_out, "found_nothing": idle, **proof}
         return Changed(sum(changed.values()), "places", details | ({"trials": trials} if trials else {}))
 
     def wanted(self) -> tuple[FormName, ...]:
