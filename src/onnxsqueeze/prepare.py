@@ -106,6 +106,7 @@ def _check_lengths(loaded: LoadedRecipe, task: Task, start: Start) -> None:
     for path, tokens in (
         (("measure", "sequence"), measure.sequence),
         *((("measure", "shapes", i, "sequence"), s.sequence) for i, s in enumerate(measure.shapes)),
+        *((("measure", "sweep", "sequence", i), n) for i, n in enumerate(measure.sweep.sequence if measure.sweep else ())),
     ):
         if tokens > longest:
             faults.append(loaded.fault(path, f"the model {start.name!r} reads at most {longest} tokens, got {tokens}"))

@@ -23,7 +23,7 @@ from onnxsqueeze.report.numbers import (
     seconds,
     whole,
 )
-from onnxsqueeze.report.running import execution, load
+from onnxsqueeze.report.running import execution, from_text, load, resources, shape
 from onnxsqueeze.report.summary import Table, run_title, tables, useless_zeros
 from onnxsqueeze.results import Latency, Results, StageRecord, Target
 
@@ -51,6 +51,8 @@ def run_grids(results: Results) -> list[Grid]:
     grids = [
         _gates(tables(results)),
         _latencies(measured),
+        resources(measured),
+        from_text(measured),
         execution(measured),
         load(measured),
         _metrics(results, measured),
@@ -93,23 +95,12 @@ def _latencies(targets: Sequence[Target]) -> Grid:
     def row(target: Target, x: Latency) -> tuple[str, ...]:
         times = [milliseconds(t) for t in (x.p50_ms, x.p90_ms, x.p99_ms, x.min_ms, x.max_ms)]
         verdict = "INVALID" if not x.valid else "steady" if x.steady else "not steady"
-        return (
-            target.name,
-            f"{x.batch} × {x.sequence}" if x.lengths == "fixed" else f"{x.batch} × the task's (median {x.sequence})",
-            str(x.threads),
-            *times,
-            _speedup(target, x),
-            whole(x.n),
-            milliseconds(x.first_run_ms),
-            f"{x.load_s:.2f} s",
-            x.date,
-            verdict,
-        )
+        return (target.name, shape(x), str(x.threads), *times, _speedup(target, x), whole(x.n), x.date, verdict)
 
     rows = [row(t, x) for t in targets for x in dict.fromkeys((t.latency, *t.latencies)) if x]
     return grid(
-        "Latency at every shape", "Target|Batch × tokens|#Threads|#p50, ms|#p90, ms|#p99, ms|#Min, ms|#Max, ms|#× faster [95 %]|#Runs|#First run, ms|#Load|Measured|Runs are", rows,
-        note="Nearest-rank percentiles; p99 needs 459 runs. The first run and loading are not part of them.",
+        "Latency at every shape", "Target|Batch × tokens|#Threads|#p50, ms|#p90, ms|#p99, ms|#Min, ms|#Max, ms|#× faster [95 %]|#Runs|Measured|Runs are", rows,
+        note="Nearest-rank percentiles; p99 needs 459 runs. The first run and loading are not part of them. The task's lengths: its own rows, each call as long as its longest row.",
     )  # fmt: skip
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onnxsqueeze.report.grid import Grid, grid
-from onnxsqueeze.report.numbers import MISSING, milliseconds, whole
-from onnxsqueeze.results import Load, Proof, Target
+from onnxsqueeze.report.numbers import MISSING, megabytes, milliseconds, whole
+from onnxsqueeze.results import Latency, Load, Proof, Target
 
 _OPERATORS = 6  # that take the most time; results.json has all
 
@@ -18,6 +18,47 @@ def execution(targets: Sequence[Target]) -> Grid:
         "What ran", "Target|Nodes per provider|Made by the session|#All nodes, ms|Time per operator, the longest first", rows,
         note="From the runtime's own profile, which slows a run; at the shape that decides. Times are means a run.",
     )  # fmt: skip
+
+
+def shape(latency: Latency) -> str:
+    """``1 × 128``, or ``1 × the task's (median 25)``."""
+    return (
+        f"{latency.batch} × {latency.sequence}"
+        if latency.lengths == "fixed"
+        else f"{latency.batch} × the task's (median {latency.sequence})"
+    )
+
+
+def resources(targets: Sequence[Target]) -> Grid:
+    """Per target and shape: rows a second, memory, loading, the first run, and how idle the other models were meanwhile."""
+    rows = [
+        (t.name, shape(x), str(x.threads), f"{_rate(x):,.0f}", f"{_rate(x) / x.threads:,.0f}", megabytes(x.peak_memory_bytes), f"{x.load_s:.2f}",
+         milliseconds(x.first_run_ms), MISSING if x.idle_cpu_share is None else f"{100 * x.idle_cpu_share:.0f} %")
+        for t in targets for x in dict.fromkeys((t.latency, *t.latencies)) if x
+    ]  # fmt: skip
+    return grid(
+        "Throughput, memory, start", "Target|Batch × tokens|#Threads|#Rows a second|#… a core|#Peak memory, MB|#Load, s|#First run, ms|#Waiting models' CPU", rows,
+        note="Rows a second at the median time. Memory: the most that loading and the first run took. The last column: the largest share of one core that the waiting models used in a block.",
+        secondary=True,
+    )  # fmt: skip
+
+
+def from_text(targets: Sequence[Target]) -> Grid:
+    """Per target: the tokenizer's time beside the model's, on the task's rows."""
+    rows = [
+        (t.name, str(x.batch), str(x.sequence), *(milliseconds(ms) for ms in (x.text_p50_ms, x.p50_ms, x.whole_p50_ms)))
+        for t in targets
+        for x in t.latencies
+        if x.whole_p50_ms is not None
+    ]
+    return grid(
+        "From text to logits", "Target|#Batch|#Median tokens|#Text to ids, p50, ms|#Model, p50, ms|#Text to logits, p50, ms", rows,
+        note="On the task's rows; the tokenizer runs in one thread of this process.",
+    )  # fmt: skip
+
+
+def _rate(latency: Latency) -> float:
+    return 1000 * latency.batch / latency.p50_ms
 
 
 def load(targets: Sequence[Target]) -> Grid:
