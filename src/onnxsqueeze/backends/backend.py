@@ -118,7 +118,8 @@ def _try(backend: Backend) -> tuple[str, str] | None:
             if "error" in facts:
                 return f"{fails}: {facts['error']}", remedy
             if facts["started"][0] != backend.provider or facts["moved"]:
-                return f"{fails}: a library, a driver or the device is missing", remedy
+                said = worker.said()
+                return f"{fails}: a library, a driver or the device is missing{f': {said}' if said else ''}", remedy
             answer, _ = worker.ask("run", {"x": np.array([[1.0, 2.0]], np.float32)}, output="y")
     except MeasureError as error:
         return f"{fails}: {error.message}", remedy

@@ -141,17 +141,10 @@ class Model:
 
     def hold(self, output: str, feed: Arrays) -> None:
         """Make ``feed`` the input of `times`. On NVIDIA's providers it is copied to the device once, and only the output comes back."""
-        import onnxruntime as ort
-
         if self.provider not in _NVIDIA:
             self.call = lambda: self.session.run([output], feed)
             return
-        device = int(self.options.get("device_id", 0))
-        binding = self.session.io_binding()
-        for name, array in feed.items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, "cuda", device))
-        binding.bind_output(output, "cpu")
-        binding.synchronize_inputs()
+        binding = bound(self.session, output, feed, "cuda", int(self.options.get("device_id", 0)))
 
         def call() -> None:
             self.session.run_with_iobinding(binding)
@@ -184,6 +177,18 @@ class Model:
         finally:
             gc.enable()
         return np.array(times, np.float64) / 1e3, time.process_time() - cpu
+
+
+def bound(session: Any, output: str, feed: Arrays, device: str, number: int) -> Any:
+    """An ``IOBinding`` with ``feed`` on a device and ``output`` in the host's memory."""
+    import onnxruntime as ort
+
+    binding = session.io_binding()
+    for name, array in feed.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, device, number))
+    binding.bind_output(output, "cpu")
+    binding.synchronize_inputs()
+    return binding
 
 
 def about() -> Header:
