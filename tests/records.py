@@ -10,9 +10,13 @@ from onnxsqueeze.results import (
     FileRecord,
     Gate,
     Latency,
+    Load,
     MetricDelta,
     MetricValue,
+    OperatorTime,
+    Proof,
     Results,
+    ServerTrial,
     Split,
     StageRecord,
     Target,
@@ -61,6 +65,26 @@ def weights(dtype: str, item_bytes: float, *, layers: int = LAYER_WEIGHTS, zeros
     )
 
 
+def proof(p50: float, *, copies: int = 0) -> Proof:
+    times = [("MatMulIntegerToFloat", 24, 0.4), ("DynamicQuantizeMatMul", 12, 0.3), ("LayerNormalization", 13, 0.1), ("Softmax", 6, 0.08)]
+    times += [("Gelu", 6, 0.06), ("Transpose", 24, 0.04), ("Add", 13, 0.02)]
+    operators = tuple(OperatorTime(operator=n, provider="CPUExecutionProvider", nodes=k, ms=round(share * p50, 4)) for n, k, share in times)
+    return Proof(
+        runs=20, total_ms=round(1.02 * p50, 3), nodes_per_provider={"CPUExecutionProvider": 98}, operators=operators, fusions={"MatMulIntegerToFloat": 24, "Gelu": 6}, memcpy_nodes=copies,
+    )  # fmt: skip
+
+
+def load(p50: float) -> Load:
+    trials = (
+        ServerTrial(rate_per_s=400 / p50, n=400, p99_ms=2.9 * p50, held=True),
+        ServerTrial(rate_per_s=600 / p50, n=600, p99_ms=9.3 * p50, held=False),
+    )
+    return Load(
+        single_stream_p90_ms=round(0.31 * p50, 3), single_stream_n=2000, offline_rows_per_s=round(4100 / p50, 1), offline_batch=32, server_rows_per_s=400 / p50,
+        server_bound_ms=5 * p50, server_trials=trials, threads=1, mean_tokens=25.2,
+    )  # fmt: skip
+
+
 def measured(
     name: str,
     *,
@@ -83,7 +107,7 @@ def measured(
         metrics={"dev": {"accuracy": MetricValue(value=accuracy, ci95=(accuracy - 0.041, accuracy + 0.038), n=DEV_ROWS),
                          "f1": MetricValue(value=f1, ci95=(f1 - 0.033, f1 + 0.03), n=DEV_ROWS)}},
         vs_baseline=versus, files=(FileRecord(path=model, sha256=sha256(name.encode()).hexdigest(), bytes=size),), weights=weight_classes,
-        operators=operators or {"MatMul": 48, "Gelu": 6}, stages=stages, gates=gates,
+        operators=operators or {"MatMul": 48, "Gelu": 6}, stages=stages, gates=gates, proof=proof(p50), load=load(p50) if versus else None,
         extra={"speedups": [other_speedup(versus, sequence) for sequence in (32, 127)]} if versus else {},
     )  # fmt: skip
 

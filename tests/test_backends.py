@@ -179,7 +179,7 @@ def test_nodes_that_fall_back_are_an_error_that_counts_them_but_not_the_arithmet
 
 def test_threads_of_an_idle_session_do_not_spin(tmp_path: Path) -> None:
     session = backends.get("cpu").open(classifier(tmp_path / "model.onnx", width=2048), 2)
-    session.hold({name: np.ones((64, 64), np.int64) for name in FEED})
+    session.hold([{name: np.ones((64, 64), np.int64) for name in FEED}])
     idle = 0.0
     for _ in range(5):
         session.time(1, 0)

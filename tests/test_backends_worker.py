@@ -9,9 +9,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import psutil
 import pytest
@@ -19,6 +21,7 @@ import pytest
 from onnxsqueeze.backends import Backend, Backends, Session, get, worker
 from onnxsqueeze.backends.process import Worker
 from onnxsqueeze.errors import MeasureError
+from onnxsqueeze.measure.proof import proof
 from pythons import environment
 from test_backends import FEED, classifier
 
@@ -39,7 +42,7 @@ def test_a_worker_gives_the_same_logits_as_a_session_in_this_process(model: Path
     session = get("cpu").open(model, 1)
 
     np.testing.assert_array_equal(session.run(FEED), expected)
-    session.hold(FEED)
+    session.hold([FEED])
     block = session.time(30, 5.0, uncounted=2)
     assert len(block.times_ms) >= 30
     assert block.times_ms.sum() >= 5.0
@@ -51,7 +54,7 @@ def test_a_worker_gives_the_same_logits_as_a_session_in_this_process(model: Path
 
 def test_a_worker_that_is_killed_in_a_block_is_one_error_without_a_path(model: Path) -> None:
     session = get("cpu").open(model, 1)
-    session.hold(FEED)
+    session.hold([FEED])
     threading.Timer(0.3, newest().kill).start()
     began = time.monotonic()
 
@@ -87,7 +90,7 @@ def test_the_death_of_its_parent_ends_a_worker(model: Path, busy: bool) -> None:
         "import sys, pathlib, psutil, time, numpy as np\n"
         "from onnxsqueeze.backends import get\n"
         "session = get('cpu').open(pathlib.Path(sys.argv[1]), 1)\n"
-        "session.hold({name: np.ones((2, 5), np.int64) for name in ('input_ids', 'attention_mask')})\n"
+        "session.hold([{name: np.ones((2, 5), np.int64) for name in ('input_ids', 'attention_mask')}])\n"
         "print(psutil.Process().children()[0].pid, flush=True)\n" + ("session.time(1, 1000)\n" if busy else "") + "time.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, model], stdout=subprocess.PIPE, text=True)
@@ -178,3 +181,31 @@ def test_the_worker_is_written_for_python_3_9_and_imports_nothing_of_ours() -> N
     packages = {name.split(".")[0] for name in imported}
 
     assert packages - set(sys.stdlib_module_names) == {"numpy", "onnxruntime"}
+
+
+def test_held_calls_are_replayed_in_order_and_none_before_its_arrival(model: Path) -> None:
+    session = get("cpu").open(model, 1)
+    session.hold([FEED, {name: np.repeat(array, 8, axis=0) for name, array in FEED.items()}])
+    at_once = session.replay([0, 1, 0])
+    assert len(at_once.times_ms) == 3
+    assert (at_once.times_ms > 0).all()
+    assert (at_once.begins_ms[1:] >= at_once.ends_ms[:-1]).all()
+    timed = session.replay([0, 0, 0], [0.0, 0.2, 0.1])
+    assert timed.begins_ms[1] >= 200
+    assert timed.begins_ms[2] - timed.ends_ms[1] < 100, "it has arrived long ago and waits for the one before alone"
+    session.close()
+
+
+def test_a_profile_names_each_node_once_with_its_provider_and_time(model: Path) -> None:
+    session = get("cpu").open(model, 1)
+    session.hold([FEED])
+    nodes = session.profile(10, uncounted=2)
+    session.close()
+
+    in_file = Counter(node.op_type for node in onnx.load(model).graph.node)
+    assert {node.provider for node in nodes} == {"CPUExecutionProvider"}
+    assert len({node.name for node in nodes}) == len(nodes) <= sum(in_file.values())
+    assert sum(node.us for node in nodes) > 0
+    found = proof(nodes, 10, in_file)
+    assert found.nodes_per_provider == {"CPUExecutionProvider": len(nodes)}
+    assert set(found.fusions) <= {node.operator for node in nodes}

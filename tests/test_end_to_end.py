@@ -6,18 +6,26 @@ import gzip
 import hashlib
 import json
 import re
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 
 from models import random_checkpoint
-from onnxsqueeze import prepare
+from onnxsqueeze import pipeline, prepare
+from onnxsqueeze.artifact import Artifact, folder_digest
+from onnxsqueeze.backends import Backends
+from onnxsqueeze.measurements import Measurements
 from onnxsqueeze.pipeline import Outcome
+from onnxsqueeze.record import Measurer
 from onnxsqueeze.results import read_results
+from onnxsqueeze.store import Store
 from onnxsqueeze.tasks.open import open_task
 from onnxsqueeze.tasks.settings import TaskSettings
 from onnxsqueeze.tokens import Encoder, pad
@@ -110,11 +118,44 @@ def test_latency_is_measured_as_the_record_says(qdp: tuple[Outcome, list[str]]) 
             assert latency.p99_ms is None or latency.n >= 459
             assert 0 < latency.min_ms <= latency.p50_ms <= latency.p90_ms <= latency.max_ms
             assert (latency.batch, latency.sequence, latency.threads) == (1, 32, 1)
-            with np.load(qdp[0].out / str(latency.samples)) as blocks:
-                runs = np.concatenate([blocks[name] for name in blocks])
-            assert len(runs) == latency.n
-            assert np.sort(runs)[(len(runs) + 1) // 2 - 1] / 1000 == pytest.approx(latency.p50_ms, abs=0.001)
-    assert len(list((qdp[0].out / "samples").iterdir())) == sum(target.status == "ok" for target in qdp[0].results.targets)
+            (rows,) = target.latencies
+            assert (rows.lengths, rows.batch, rows.n) == ("task", 1, 800)
+            assert rows.text_p50_ms is not None
+            assert rows.whole_p50_ms is not None
+            assert 0 < rows.text_p50_ms < rows.whole_p50_ms
+            for kept in (latency, rows):
+                with np.load(qdp[0].out / str(kept.samples)) as blocks:
+                    runs = np.concatenate([blocks[name] for name in blocks])
+                assert len(runs) == kept.n
+                assert np.sort(runs)[(len(runs) + 1) // 2 - 1] / 1000 == pytest.approx(kept.p50_ms, abs=0.001)
+    assert len(list((qdp[0].out / "samples").iterdir())) == 2 * sum(target.status == "ok" for target in qdp[0].results.targets)
+
+
+def test_the_record_proves_what_ran(qdp: tuple[Outcome, list[str]]) -> None:
+    for target in qdp[0].results.targets:
+        if target.status == "ok":
+            assert target.proof is not None
+            assert list(target.proof.nodes_per_provider) == ["CPUExecutionProvider"]
+            assert target.proof.memcpy_nodes == 0
+            times = [one.ms for one in target.proof.operators]
+            assert times == sorted(times, reverse=True)
+            assert sum(times) == pytest.approx(target.proof.total_ms)
+            assert sum(one.nodes for one in target.proof.operators) == target.proof.nodes_per_provider["CPUExecutionProvider"]
+    rows = targets(qdp[0])
+    assert any("Integer" in one.operator or "Quantize" in one.operator for one in rows["int8-ort"].proof.operators)
+    assert not any("Integer" in one.operator for one in rows["fp32"].proof.operators)
+
+
+def test_a_load_is_put_on_every_target_that_asks_for_it(place: Path) -> None:
+    overrides = [*small("q"), "measure.load={seconds: 0.2, batch: 8, bound_ms: 50}", "measure.sweep={batch: [1, 4], sequence: [16]}"]
+    outcome, _ = run("q", place / "load", model=place / "model", store=place / "store", overrides=overrides)
+    for target in outcome.results.targets:
+        assert target.load is not None
+        assert target.load.single_stream_p90_ms > 0
+        assert target.load.offline_rows_per_s > 0
+        assert target.load.server_rows_per_s is not None
+        assert len(target.load.server_trials) == 5
+        assert [(x.batch, x.sequence) for x in target.latencies if x.lengths == "fixed"] == [(1, 16), (4, 16)]
 
 
 def test_no_record_names_a_path_of_this_machine(qdp: tuple[Outcome, list[str]], place: Path) -> None:
@@ -252,6 +293,30 @@ def test_a_failing_branch_is_a_row_and_its_old_folder_is_gone(place: Path, tmp_p
     assert outcome.exit_code == 1
     assert not (tmp_path / "out" / "int8").exists(), "a model that the record does not know must not look like its result"
     assert targets(outcome)["baseline-cpu"].status == "ok"
+
+
+def test_a_file_that_takes_single_rows_alone_is_a_failed_row_and_the_record_is_written(place: Path, tmp_path: Path) -> None:
+    """The dev rows go through one by one; the golden sentences also go through together."""
+    rows = "  - {name: fp32, after: finetune, baseline: true, stages: [{kind: export}]}\n  - {name: narrow, stages: [{kind: export}]}\n"
+    request = prepare.Request(recipe(tmp_path, "", rows), model=str(place / "model"), out=tmp_path / "out", overrides=small(""))
+    prepared = prepare.prepare(request)
+    settings, info = prepared.loaded.recipe.measure, prepared.task.info
+    store, watcher = Store(place / "store"), Silent()
+    made = [pipeline._Maker(prepared, store, watcher).branch(branch) for branch in prepared.plan.branches]
+    fp32, narrow = made
+    assert narrow.artifact is not None
+    folder = tmp_path / "narrow"
+    shutil.copytree(narrow.artifact.path, folder)
+    model = onnx.load(folder / "model.onnx")
+    for given in model.graph.input:
+        given.type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(model, folder / "model.onnx")
+    narrow = replace(narrow, artifact=Artifact(folder, "onnx", "narrow", folder_digest(folder)))
+    measurements = Measurements(store, watcher, settings, info, prepared.task.dev(), Backends(), fresh=False)
+    whole, failed = Measurer(measurements, prepared.plan.baselines).targets([fp32, narrow], prepared.loaded.recipe.gates)
+    assert (whole.status, failed.status) == ("ok", "failed")
+    assert "stopped while running" in str(failed.reason)
+    assert failed.size_bytes == (folder / "model.onnx").stat().st_size
 
 
 def test_other_columns_of_the_same_dev_file_are_measured_anew(place: Path, tmp_path: Path) -> None:

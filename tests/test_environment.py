@@ -149,3 +149,10 @@ def test_the_module_imports_no_heavy_library() -> None:
     )
 
     assert shown.stdout.strip() == "[]"
+
+
+def test_the_governor_is_read_where_the_system_has_one(tmp_path: Path) -> None:
+    assert environment.governor(tmp_path) is None
+    first = min(os.sched_getaffinity(0))
+    write(tmp_path, {f"sys/devices/system/cpu/cpu{first}/cpufreq/scaling_governor": "powersave\n"})
+    assert environment.governor(tmp_path) == "powersave"

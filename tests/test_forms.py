@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from exports import build, export
-from models import FAMILIES, FamilyName
+from models import FAMILIES, FamilyName, artifact
 from onnxsqueeze import forms, graph
 from onnxsqueeze.artifact import Artifact, copy_side_files
 from onnxsqueeze.stage import Context
 from onnxsqueeze.stages import calibration
 from onnxsqueeze.stages.quantize_dynamic import QuantizeDynamic
+from onnxsqueeze.stages.quantize_inc import QuantizeInc
 
 NAMES = [form.name for form in forms.FORMS]
 
@@ -143,7 +144,44 @@ def test_the_attention_operator_takes_the_place_of_everything_between_products_a
     written, counts = rewritten(parent, tmp_path / "all", NAMES)
     found = graph.operators(written)
     assert (counts["attention-operator"], counts["sequence-first"]) == (2, 0)
-    assert found["com.microsoft.MultiHeadAttention"] == 2
+    assert found["Attention"] == 2
+    spread = [node for node in graph.load(written).graph.node if node.output[0].endswith("_rows")]
+    assert len(spread) == 1, "a row of the mask for each query, for all layers but the last, which has one query"
     assert not {"Softmax", "Transpose", "com.microsoft.FusedMatMul"} & set(found)
     off, scale = difference(parent.onnx, written, context, optimized=True)
     assert off <= 2.0**-16 * scale
+
+
+def test_a_residual_is_subtracted_where_weights_can_take_the_sign_and_no_bit_changes(
+    exported: tuple[Artifact, Artifact, Context], tmp_path: Path
+) -> None:
+    for parent in exported[:2]:
+        written, counts = rewritten(parent, tmp_path / parent.path.name, ["unfused-residual"])
+        before, after = graph.operators(parent.onnx), graph.operators(written)
+        assert counts["unfused-residual"] == 5
+        assert after["Sub"] - before.get("Sub", 0) == 4, "two a layer"
+        assert after["Sum"] == 1, "the embeddings"
+        assert difference(parent.onnx, written, exported[2], optimized=False)[0] == 0
+
+
+def test_an_attention_of_onnxs_own_is_read_and_quantized_like_any_other_node(
+    exported: tuple[Artifact, Artifact, Context], tmp_path: Path
+) -> None:
+    parent, _, context = exported
+    (tmp_path / "float").mkdir()
+    written, _ = rewritten(parent, tmp_path / "float" / "all", NAMES)
+    again, counts = rewritten(artifact(written.parent, "onnx"), tmp_path / "again", NAMES)
+    assert difference(written, again, context, optimized=False)[0] == 0
+    assert not any(counts[name] for name in ("folded-scale", "attention-operator", "sequence-first", "unfused-residual"))
+    for stage in (QuantizeDynamic(), QuantizeInc()):
+        integers, _ = build(stage, artifact(written.parent, "onnx"), tmp_path / stage.name, context)
+        assert graph.operators(integers.onnx)["Attention"] == 2
+        off, scale = difference(written, integers.onnx, context, optimized=True)
+        assert off <= 0.1 * scale
+
+
+def test_neural_compressors_graphs_get_the_same_forms(exported: tuple[Artifact, Artifact, Context], tmp_path: Path) -> None:
+    parent, int8, context = exported
+    inc, _ = build(QuantizeInc(), parent, tmp_path / "inc", context)
+    found = [rewritten(one, tmp_path / f"{one.path.name}-all", NAMES)[1] for one in (inc, int8)]
+    assert {name for name, count in found[0].items() if count} == {name for name, count in found[1].items() if count}

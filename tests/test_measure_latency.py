@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +15,14 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from models import silent
-from onnxsqueeze.backends import Block
+from models import random_checkpoint, silent, toy_rows
+from onnxsqueeze.backends import Block, Replay
 from onnxsqueeze.environment import default_threads
 from onnxsqueeze.errors import MeasureError, Unavailable
 from onnxsqueeze.measure.contention import OTHERS_SHARE, Reading, others_share, read
-from onnxsqueeze.measure.latency import P99_RUNS, REPEATS, ROUNDS, Candidate, LatencyResult, Runs, measure_latency, verdict
+from onnxsqueeze.measure.latency import P99_RUNS, REPEATS, Candidate, LatencyResult, Timeable, measure_latency, verdict
 from onnxsqueeze.measure.settings import MeasureSettings, Shape
+from onnxsqueeze.measure.work import ROUNDS, FixedWork, TaskWork, Work
 from test_backends import classifier
 
 SHAPE = Shape(batch=1, sequence=16, threads=1)
@@ -34,8 +35,15 @@ class Sleeper:
     def __init__(self, name: str, bench: Bench) -> None:
         self.name, self.bench, self.load_s, self.closed = name, bench, 0.25, False
 
-    def hold(self, feed: Mapping[str, NDArray[np.int64]]) -> None:
-        self.bench.feeds.append(feed)
+    def hold(self, feeds: Sequence[Mapping[str, NDArray[np.int64]]]) -> None:
+        self.feeds = feeds
+        self.bench.feeds += feeds
+
+    def replay(self, order: Sequence[int], arrivals_s: Sequence[float] | None = None) -> Replay:  # noqa: ARG002, none has arrivals
+        """A call of n tokens takes n times as long as `run_ms` says."""
+        self.bench.replayed.setdefault(self.name, []).append(list(order))
+        ends = np.cumsum([self.run_ms() * self.feeds[i]["input_ids"].shape[1] for i in order])
+        return Replay(np.concatenate([[0.0], ends[:-1]]), ends, ends[-1] / 1e3)
 
     def time(self, least_runs: int, least_ms: float, *, uncounted: int = 0) -> Block:
         before = [self.run_ms() for _ in range(uncounted)]
@@ -67,6 +75,7 @@ class Bench:
     def __init__(self, folder: Path, config: Mapping[str, object] | None = None, **ms: float | Callable[[], float]) -> None:
         self.calls: list[str] = []
         self.feeds: list[Mapping[str, NDArray[np.int64]]] = []
+        self.replayed: dict[str, list[list[int]]] = {}
         self.sessions: list[Sleeper] = []
         self.told: list[tuple[int, int, str]] = []
         self.candidates, self.ms, self.now_s, self.unrest = [], ms, 0.0, np.random.default_rng(0)
@@ -78,7 +87,7 @@ class Bench:
             (folder / name / "config.json").write_text(json.dumps(config if config is not None else {"vocab_size": 30}), encoding="utf-8")
             self.candidates.append(Candidate(name, folder / name / "model.onnx", "cpu"))
 
-    def opener(self, backend: str, onnx: Path, threads: int) -> Runs:
+    def opener(self, backend: str, onnx: Path, threads: int) -> Timeable:
         assert (backend, threads) == ("cpu", 1)
         self.sessions.append(Sleeper(onnx.parent.name, self))
         return self.sessions[-1]
@@ -86,8 +95,12 @@ class Bench:
     def hear(self, done: int, total: int, note: str = "") -> None:
         self.told.append((done, total, note))
 
-    def measure(self, baseline: str | None, settings: MeasureSettings = QUICK, shape: Shape = SHAPE) -> dict[str, LatencyResult]:
-        return measure_latency(self.candidates, baseline, shape, settings, self.hear, opener=self.opener, reader=self.read)
+    def measure(
+        self, baseline: str | None, settings: MeasureSettings = QUICK, shape: Shape = SHAPE, work: Work | None = None
+    ) -> dict[str, LatencyResult]:
+        return measure_latency(
+            self.candidates, baseline, work or FixedWork(shape), settings, self.hear, opener=self.opener, reader=self.read
+        )
 
     def read(self) -> Reading:
         """Busy is what sleepers slept, and ``others`` of one second in every second besides."""
@@ -169,7 +182,7 @@ def test_the_limit_of_p99_is_exact() -> None:
 
     def p99(n: int) -> float | None:
         blocks = tuple(np.array_split(np.arange(1.0, n + 1), ROUNDS))
-        return _latency(blocks, SHAPE, 0.1, 1.0, 5, True, {"repeated_blocks": 0, "disturbed_blocks": 0}, None).p99_ms
+        return _latency(blocks, FixedWork(SHAPE), 0.1, 1.0, 5, True, {"repeated_blocks": 0, "disturbed_blocks": 0}, None).p99_ms
 
     assert p99(458) is None
     assert p99(459) == 455  # ceil(0.99 · 459)
@@ -333,10 +346,10 @@ def test_real_sessions_are_timed_and_more_work_takes_longer(tmp_path: Path) -> N
         (tmp_path / name / "config.json").write_text('{"vocab_size": 50}', encoding="utf-8")
         candidates.append(Candidate(name, tmp_path / name / "model.onnx", "cpu"))
     found = measure_latency(
-        candidates, "large", Shape(batch=2, sequence=64, threads=1), MeasureSettings(min_runs=200, min_seconds=0.1), silent
+        candidates, "large", FixedWork(Shape(batch=2, sequence=64, threads=1)), MeasureSettings(min_runs=200, min_seconds=0.1), silent
     )
 
-    assert found["small"].verdict == "faster"
+    assert (found["small"].speedup or 0) > 1.5  # also where others use the machine, and the verdict is "unproven"
     latency = found["small"].latency
     assert (latency.batch, latency.sequence, latency.threads) == (2, 64, 1)
     assert 0 < latency.min_ms <= latency.p50_ms <= latency.p90_ms <= latency.max_ms
@@ -347,6 +360,38 @@ def test_real_sessions_are_timed_and_more_work_takes_longer(tmp_path: Path) -> N
         assert 0 < (result.latency.peak_memory_bytes or 0) < 2e9
 
 
+def test_the_tasks_rows_are_the_same_calls_for_every_model_in_every_round(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, base=0.2, fast=0.1)
+    for one in bench.candidates:
+        random_checkpoint(one.onnx.parent, "bert")
+    texts = [(row.text, None) for row in toy_rows(50, seed=0)]
+    work = TaskWork.of(texts, bench.candidates[0].onnx.parent, max_length=32, batch=2, threads=1)
+    found = bench.measure("base", work=work)
+
+    assert (found["fast"].latency.lengths, found["fast"].latency.batch) == ("task", 2)
+    assert found["fast"].latency.sequence == work.shape.sequence
+    assert found["fast"].latency.n == 800
+    assert found["fast"].speedup == pytest.approx(2.0, rel=0.05)
+    rounds = bench.replayed["base"]
+    assert rounds == bench.replayed["fast"]
+    assert [i for round_ in rounds for i in round_[1:]] == list(range(800)), "the first of a round is not counted"
+    lengths = {feed["input_ids"].shape[1] for feed in bench.feeds}
+    assert len(lengths) > 3, "each call has its own length"
+    assert min(lengths) <= work.shape.sequence <= max(lengths)
+
+
+def test_the_way_from_text_to_logits_is_the_models_time_and_the_tokenizers(tmp_path: Path) -> None:
+    folder = random_checkpoint(tmp_path / "model", "roberta")
+    pairs = [(row.text, row.text) for row in toy_rows(20, seed=0)]
+    work = TaskWork.of(pairs, folder, max_length=64, batch=1, threads=1)
+    model_ms = np.arange(800.0)
+    text = work.text(folder / "model.onnx", model_ms)
+
+    assert len(text.tokenize_ms) == len(text.whole_ms) == 200
+    assert text.tokenize_ms.min() > 0
+    np.testing.assert_allclose(text.whole_ms - text.tokenize_ms, model_ms[:200])
+
+
 def test_memory_is_told_apart_by_model(tmp_path: Path) -> None:
     candidates = []
     for name, width in (("small", 8), ("large", 100_000)):
@@ -354,7 +399,7 @@ def test_memory_is_told_apart_by_model(tmp_path: Path) -> None:
         classifier(tmp_path / name / "model.onnx", width=width)
         (tmp_path / name / "config.json").write_text('{"vocab_size": 50}', encoding="utf-8")
         candidates.append(Candidate(name, tmp_path / name / "model.onnx", "cpu"))
-    found = measure_latency(candidates, None, SHAPE, MeasureSettings(min_runs=20, min_seconds=0), silent)
+    found = measure_latency(candidates, None, FixedWork(SHAPE), MeasureSettings(min_runs=20, min_seconds=0), silent)
 
     small, large = (found[name].latency.peak_memory_bytes or 0 for name in ("small", "large"))
     assert large - small > 50 * 100_000 * 4  # the table of the large one
@@ -368,7 +413,7 @@ def test_a_backend_that_does_not_start_is_unavailable(tmp_path: Path) -> None:
     bench = Bench(tmp_path, base=0.1)
 
     with pytest.raises(Unavailable, match="no CUDAExecutionProvider"):
-        measure_latency([Candidate("base", bench.candidates[0].onnx, "cuda")], "base", SHAPE, QUICK, silent)
+        measure_latency([Candidate("base", bench.candidates[0].onnx, "cuda")], "base", FixedWork(SHAPE), QUICK, silent)
 
 
 def test_settings_refuse_what_cannot_be_measured() -> None:

@@ -2,9 +2,10 @@
 
     python benchmarks/peers/peers.py --out reports/backends
 
-Makes what it needs below --work: the run of peers.yaml (`fp32`, `int8` = export + quantize_dynamic, `ours`), the usual advice
-(onnxruntime.transformers' optimizer, then quantize_dynamic), optimum's avx512_vnni preset, OpenVINO with NNCF's post-training int8, CTranslate2's int8,
-the last two in environments of their own. Every engine runs in a process of its own (engine.py) and idles while another is timed.
+Makes what it needs below --work: the runs of peers.yaml (`fp32`, `int8` = export + quantize_dynamic, `ours`, which is tuned for each shape), the usual
+advice (onnxruntime.transformers' optimizer, then quantize_dynamic), optimum's avx512_vnni preset, OpenVINO with NNCF's post-training int8, CTranslate2's
+int8, the last two in environments of their own. Every engine runs in a process of its own (engine.py) and idles while another is timed. A block during
+which other processes used more than 5 % of the cores is run again, once; where they did so again, the row says "disturbed".
 Writes <out>/peers.json and <out>/peers.md. A peer that cannot be made is a row "skipped" with its reason.
 """
 
@@ -16,9 +17,10 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 import venv
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ import numpy as np
 
 from onnxsqueeze import environment
 from onnxsqueeze.errors import without_paths
+from onnxsqueeze.measure.contention import OTHERS_SHARE, Reading, others_share, read
 from onnxsqueeze.measure.statistics import nearest_rank, ratio_of_medians_interval
 from onnxsqueeze.results import read_results
 from onnxsqueeze.store import Store
@@ -34,7 +37,8 @@ from onnxsqueeze.tokens import Encoder
 
 HERE = Path(__file__).parent
 ROUNDS = 20
-SHAPES = ((1, 128, 1), (1, 32, 1), (8, 128, 2))  # batch, tokens, threads
+Shape = tuple[int, int, int]  # batch, tokens, threads
+SHAPES: tuple[Shape, ...] = ((1, 128, 1), (1, 32, 1), (8, 128, 2))
 
 
 @dataclass(frozen=True)
@@ -147,40 +151,47 @@ def tried(name: str, what: str, make: Any, **options: Any) -> Peer:
         return Peer(name, what, reason=f"{type(error).__name__}: {error}")
 
 
-def make_peers(asked: argparse.Namespace) -> list[Peer]:
-    """Everything that is raced, `ours` first."""
+def run_recipe(work: Path, shape: Shape) -> Path:
+    """The folder of the run of peers.yaml at ``shape``: what does not depend on it is taken from the store."""
+    out = work / ("run-" + "x".join(map(str, shape)))
+    values = [f"measure.{name}={number}" for name, number in zip(("batch", "sequence", "threads"), shape, strict=True)]
+    words = [sys.executable, "-m", "onnxsqueeze", "run", str(HERE / "peers.yaml"), "--out", str(out)]
+    subprocess.run([*words, *(word for value in values for word in ("--set", value))], check=True)
+    return out
+
+
+def make_peers(asked: argparse.Namespace) -> dict[Shape, list[Peer]]:
+    """Everything that is raced at each shape, `ours` first."""
     work: Path = asked.work.resolve()
-    run = work / "run"
-    words = [sys.executable, "-m", "onnxsqueeze", "run", str(HERE / "peers.yaml"), "--out", str(run)]
-    subprocess.run(words, check=True)
-    record = read_results(run)
-    teacher = next(stage for stage in record.stages if stage.kind == "finetune")
-    fp32 = run / "fp32" / "model.onnx"
-    rows = sentences(run / "fp32", work / "rows.npz")
-    checkpoint = Store.default_root() / "artifacts" / str(teacher.key) / "files"
+    runs = {shape: run_recipe(work, shape) for shape in SHAPES}
+    run = runs[SHAPES[0]]
+    teacher = next(stage for stage in read_results(run).stages if stage.kind == "finetune")
+    others = made_elsewhere(work, run / "fp32" / "model.onnx", Store.default_root() / "artifacts" / str(teacher.key) / "files")
+    int8 = Peer("quantize_dynamic", "export, quantize_dynamic per channel", model=run / "int8" / "model.onnx")
+    ours = Peer("ours", "export, quantize-dynamic, optimize-graph tuned here for this shape")
+    return {shape: [replace(ours, model=runs[shape] / "ours" / "model.onnx"), int8, *others] for shape in SHAPES}
+
+
+def made_elsewhere(work: Path, fp32: Path, checkpoint: Path) -> list[Peer]:
+    """The export, and what other tools make of it or of the checkpoint."""
+    rows = sentences(fp32.parent, work / "rows.npz")
     peers = [
-        Peer("ours", "export, quantize-dynamic, optimize-graph tuned here", model=run / "ours" / "model.onnx"),
-        Peer("quantize_dynamic", "export, quantize_dynamic per channel", model=run / "int8" / "model.onnx"),
         tried("optimizer first", "onnxruntime.transformers' optimizer, quantize_dynamic", lambda: usual_advice(fp32, work / "advice")),
         tried("optimum", "optimum's avx512_vnni preset, dynamic", lambda: optimum_preset(fp32, work / "optimum")),
         Peer("fp32", "export", model=fp32),
     ]
-    try:
-        ov = environment_with(work, "openvino", "openvino", "nncf", "onnx")
-        ct = environment_with(work, "ctranslate2", "ctranslate2")
-    except subprocess.CalledProcessError as error:
-        return [*peers, Peer("openvino", "OpenVINO, NNCF int8", reason=f"cannot be installed: {error}")]
-    return [
-        *peers,
-        tried("openvino", "OpenVINO, NNCF int8", lambda: openvino_int8(fp32, rows, work / "openvino", ov), engine="openvino", python=ov),
-        tried(
-            "ctranslate2",
-            "CTranslate2 int8",
-            lambda: ctranslate2_int8(checkpoint, work / "ctranslate2", ct),
-            engine="ctranslate2",
-            python=ct,
-        ),
-    ]
+    isolated: dict[str, tuple[str, tuple[str, ...], Callable[[Path], Path]]] = {
+        "openvino": ("OpenVINO, NNCF int8", ("openvino", "nncf", "onnx"), lambda it: openvino_int8(fp32, rows, work / "openvino", it)),
+        "ctranslate2": ("CTranslate2 int8", ("ctranslate2",), lambda it: ctranslate2_int8(checkpoint, work / "ctranslate2", it)),
+    }
+    for engine, (what, packages, make) in isolated.items():
+        try:
+            python = environment_with(work, engine, *packages)
+        except subprocess.CalledProcessError as error:
+            peers.append(Peer(engine, what, reason=f"{', '.join(packages)} cannot be installed: pip's exit code {error.returncode}"))
+            continue
+        peers.append(tried(engine, what, lambda make=make, python=python: make(python), engine=engine, python=python))
+    return peers
 
 
 class Engine:
@@ -217,28 +228,42 @@ class Engine:
         self.process.wait(timeout=30)
 
 
-def race(peers: Sequence[Peer], shape: tuple[int, int, int], seconds: float) -> list[dict[str, Any]]:
+def race(peers: Sequence[Peer], shape: Shape, seconds: float) -> list[dict[str, Any]]:
     """One row per peer at one shape; every ratio is of blocks that took turns."""
     batch, tokens, threads = shape
     engines = {peer.name: Engine(peer, threads) for peer in peers if peer.model}
     ready = {name: engine.ask(shape=[batch, tokens]) for name, engine in engines.items()}
     blocks: dict[str, list[Any]] = {name: [] for name in engines}
+    unrest = {name: {"repeated_blocks": 0, "disturbed_blocks": 0} for name in engines}
     idle = dict.fromkeys(engines, 0.0)
+    cores = environment.default_threads()
+
+    def now() -> Reading | None:
+        reading = read()
+        return reading and replace(reading, own_s=time.process_time() + sum(engine.cpu_s() for engine in engines.values()))
+
     for round_ in range(-1, ROUNDS):  # the first round warms up
         for name in np.random.default_rng(round_ + 1).permutation(list(engines)).tolist():
-            before = {other: engine.cpu_s() for other, engine in engines.items() if other != name}
-            times = engines[name].ask(runs=5, seconds=seconds)["ms"]
-            for other, spent in before.items():
-                idle[other] += engines[other].cpu_s() - spent
+            for attempt in range(2):
+                spent = {other: engine.cpu_s() for other, engine in engines.items()}
+                before = now()
+                times = engines[name].ask(runs=5, seconds=seconds)["ms"]
+                disturbed = others_share(before, now(), cores) > OTHERS_SHARE
+                for other, engine in engines.items():
+                    idle[other] += engine.cpu_s() - spent[other] if other != name else 0.0
+                if not disturbed or attempt or round_ < 0:
+                    break
+                unrest[name]["repeated_blocks"] += 1
             if round_ >= 0:
                 blocks[name].append(np.array(times))
+                unrest[name]["disturbed_blocks"] += disturbed
     for engine in engines.values():
         engine.close()
-    return [_row(peer, shape, blocks, ready, idle) for peer in peers]
+    return [_row(peer, shape, blocks, ready, idle) | unrest.get(peer.name, {}) for peer in peers]
 
 
 def _row(
-    peer: Peer, shape: tuple[int, int, int], blocks: dict[str, list[Any]], ready: dict[str, dict[str, Any]], idle: dict[str, float]
+    peer: Peer, shape: Shape, blocks: dict[str, list[Any]], ready: dict[str, dict[str, Any]], idle: dict[str, float]
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"engine": peer.name, "what": peer.what, **dict(zip(("batch", "tokens", "threads"), shape, strict=True))}
     if not peer.model:
@@ -267,19 +292,22 @@ def table(record: dict[str, Any]) -> str:
         "",
         f"{record['cpu']} ({record['instruction_set']}), {record['date']}; engines took turns. `{record['command']}`",
         "",
-        "Ratios are the peer's median time ÷ ours, with a 95 % interval: above 1 ours is faster.",
+        "Ratios are the peer's median time ÷ ours, with a 95 % interval: above 1 ours is faster. Disturbed counts blocks, of",
+        f"{record['rounds']}, during which other processes used more than 5 % of the cores, again after a second try.",
     ]
     for shape in SHAPES:
         rows = [row for row in record["rows"] if (row["batch"], row["tokens"], row["threads"]) == shape]
         lines += ["", f"## batch {shape[0]}, {shape[1]} tokens, {shape[2]} thread{'s' if shape[2] > 1 else ''}", ""]
-        lines += ["| engine | model | version | p50, ms | ÷ ours (95 %) |", "| --- | --- | --- | --- | --- |"]
+        lines += ["| engine | model | version | p50, ms | ÷ ours (95 %) | disturbed |", "| --- | --- | --- | --- | --- | --- |"]
         for row in rows:
             if row["status"] != "ok":
-                lines.append(f"| {row['engine']} | {row['what']} | – | skipped: {row['reason']} | |")
+                lines.append(f"| {row['engine']} | {row['what']} | – | skipped: {row['reason']} | | |")
                 continue
             ci = row["ratio_ci95"]
             ratio = "–" if ci is None else f"{row['ratio_to_ours']:.2f} ({ci[0]:.2f}–{ci[1]:.2f})"
-            lines.append(f"| {row['engine']} | {row['what']} | {row['version']} | {row['p50_ms']:.2f} | {ratio} |")
+            lines.append(
+                f"| {row['engine']} | {row['what']} | {row['version']} | {row['p50_ms']:.2f} | {ratio} | {row['disturbed_blocks']} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -294,7 +322,7 @@ def main() -> None:
     asked = cli.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
     peers = make_peers(asked)
-    rows = [row for shape in SHAPES for row in race(peers, shape, asked.seconds)]
+    rows = [row for shape in SHAPES for row in race(peers[shape], shape, asked.seconds)]
     record = {
         "schema": 1,
         "command": without_paths(shlex.join(["python", "benchmarks/peers/peers.py", *sys.argv[1:]])),

@@ -92,6 +92,12 @@ def default_threads(root: Path = ROOT) -> int:
     return max(1, math.floor(usable_cores(root)))
 
 
+def governor(root: Path = ROOT) -> str | None:
+    """The frequency governor of the first CPU that this process may use; None where there is none to be read (most virtual machines)."""
+    first = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    return "".join(_words(root / f"sys/devices/system/cpu/cpu{first}/cpufreq/scaling_governor")) or None
+
+
 def memory_bytes(root: Path = ROOT) -> int:
     """The machine's memory, or the tightest cgroup limit where that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

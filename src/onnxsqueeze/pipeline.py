@@ -15,10 +15,11 @@ from onnxsqueeze import backends, environment, graph
 from onnxsqueeze.artifact import Artifact
 from onnxsqueeze.errors import GateMissed, SqueezeError, StageError, StoreError, Unavailable
 from onnxsqueeze.measure.golden import GOLDEN_FILE
+from onnxsqueeze.measurements import SAMPLES_FOLDER, Measurements
 from onnxsqueeze.output import check_writable, publish, put_samples, remove_stale
 from onnxsqueeze.plan import Branch, Step
 from onnxsqueeze.prepare import Prepared, Request, command_of
-from onnxsqueeze.record import SAMPLES_FOLDER, Made, Measurer
+from onnxsqueeze.record import Made, Measurer
 from onnxsqueeze.report.write import write_reports
 from onnxsqueeze.results import RESULTS_FILE, Results, Split, StageRecord, Target, TaskRecord
 from onnxsqueeze.stage import Changed, Context, Progress
@@ -177,7 +178,8 @@ def _measure(prepared: Prepared, store: Store, watcher: Watcher, maker: _Maker, 
     recipe, task = prepared.loaded.recipe, prepared.task
     dev = task.dev()
     registry = prepared.request.backends
-    measurer = Measurer(store, watcher, recipe.measure, task.info, dev, prepared.plan.baselines, registry, fresh=prepared.request.fresh)
+    measurements = Measurements(store, watcher, recipe.measure, task.info, dev, registry, prepared.request.fresh)
+    measurer = Measurer(measurements, prepared.plan.baselines)
     targets = measurer.targets(made, recipe.gates)
     looks = {split.name: store.looks(split.sha256, measurer.models(made)) for split in dev}
     results = Results(
@@ -208,9 +210,9 @@ def _measure(prepared: Prepared, store: Store, watcher: Watcher, maker: _Maker, 
     for one in made:
         if one.artifact:
             name = one.branch.target.name
-            beside = {GOLDEN_FILE: measurer.golden(one).to_json().encode()} if name in measured else {}
+            beside = {GOLDEN_FILE: measurer.goldens[name].to_json().encode()} if name in measured else {}
             publish(one.artifact.path, prepared.out / name, beside)
-    put_samples(prepared.out / SAMPLES_FOLDER, measurer.samples)
+    put_samples(prepared.out / SAMPLES_FOLDER, measurements.samples)
     write_atomically(prepared.out / RESULTS_FILE, results.to_json().encode())
     write_reports([results], prepared.out)
     return Outcome(results, prepared.out, tuple(_problems(prepared.request, targets)))

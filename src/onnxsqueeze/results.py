@@ -90,7 +90,58 @@ class Latency(_Part):
         description="Host memory that loading the model and its first run took at most: VmHWM of its process then, less VmRSS before the load",
     )
     samples: str | None = Field(None, description="Every run in microseconds, one array a round: a compressed .npz beside results.json")
+    lengths: Literal["fixed", "task"] = Field(
+        "fixed", description="task: rows of the first dev split, each call padded to its longest; sequence is then their median length"
+    )
+    text_p50_ms: float | None = Field(None, description="From text to padded ids, in this process, for the task's rows")
+    whole_p50_ms: float | None = Field(None, description="From text to logits: the median of the sums over the same calls")
     date: str = Field(description="UTC day of the measurement; older than the run where the store had it")
+
+
+class OperatorTime(_Part):
+    """All nodes of one operator on one provider: the mean of their time in a run."""
+
+    operator: str
+    provider: str
+    nodes: int
+    ms: float
+
+
+class Proof(_Part):
+    """What really ran, from the runtime's own profile of ``runs`` calls at the shape that decides."""
+
+    runs: int
+    total_ms: float = Field(description="Mean of the time of all nodes in a run, while profiled")
+    nodes_per_provider: dict[str, int]
+    operators: tuple[OperatorTime, ...] = Field(description="The longest first")
+    fusions: dict[str, int] = Field(
+        description="Operators of which the session runs more nodes than the file has: what it made when it loaded"
+    )
+    memcpy_nodes: int = Field(description="Copies between devices that the runtime put in")
+    governor: str | None = Field(None, description="The CPU's frequency governor; null where the system does not tell")
+
+
+class ServerTrial(_Part):
+    """Requests at one rate: how long 99 % of them waited at most, and whether that held the bound."""
+
+    rate_per_s: float
+    n: int
+    p99_ms: float
+    held: bool
+
+
+class Load(_Part):
+    """One session under load, on rows of the task."""
+
+    single_stream_p90_ms: float
+    single_stream_n: int
+    offline_rows_per_s: float
+    offline_batch: int
+    server_rows_per_s: float | None = Field(description="Highest rate that held the bound; 0 where none did; null where none was searched")
+    server_bound_ms: float | None
+    server_trials: tuple[ServerTrial, ...]
+    threads: int
+    mean_tokens: float
 
 
 class MetricValue(_Part):
@@ -187,6 +238,8 @@ class Target(_Part):
     operators: dict[str, int] = Field(default_factory=dict, description="Nodes per operator in the written file")
     stages: tuple[StageRecord, ...] = Field((), description="The whole chain from the starting model to this file")
     gates: tuple[Gate, ...] = ()
+    proof: Proof | None = None
+    load: Load | None = None
     extra: dict[str, Any] = Field(default_factory=dict, description="Per stage or measure kind")
 
 

@@ -60,7 +60,8 @@ def speedup(timed: Timed) -> dict[str, Any]:
         "batch": latency.batch,
         "sequence": latency.sequence,
         "threads": latency.threads,
+        "lengths": latency.lengths,
         "speedup": timed.speedup,
-        "speedup_ci95": timed.speedup_ci95,
+        "speedup_ci95": list(timed.speedup_ci95) if timed.speedup_ci95 else None,
         "speed": timed.verdict,
     }

@@ -16,6 +16,7 @@ from onnxsqueeze.measure.contention import read as read_load
 from onnxsqueeze.measure.latency import Candidate, measure_latency
 from onnxsqueeze.measure.metric import evaluate, predict
 from onnxsqueeze.measure.settings import MeasureSettings, Shape
+from onnxsqueeze.measure.work import FixedWork
 from onnxsqueeze.nn.checkpoint import read_config
 from onnxsqueeze.results import RESULTS_FILE, Results, Target, read_results
 from onnxsqueeze.stage import Progress
@@ -103,7 +104,7 @@ def _latency(
     found = measure_latency(
         candidates,
         base.name if len(names) > 1 and base else None,
-        shape,
+        FixedWork(shape),
         MeasureSettings(min_seconds=1.0),
         progress,
         opener=backends.open,

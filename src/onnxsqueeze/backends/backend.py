@@ -14,7 +14,6 @@ from onnxsqueeze.backends.process import Worker
 from onnxsqueeze.backends.session import Session
 from onnxsqueeze.errors import MeasureError, Unavailable
 
-
 _ABSENT_LIBRARY = re.compile(r"[\w.+-]+\.so[\d.]*: cannot open shared object file")  # as the dynamic linker says it
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,30 @@ class Block:
 
     times_ms: NDArray[np.float64]
     cpu_s: float
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Calls in their order: ``begins_ms[calls]`` and ``ends_ms[calls]`` float64 since the start, and the CPU seconds of their process."""
+
+    begins_ms: NDArray[np.float64]
+    ends_ms: NDArray[np.float64]
+    cpu_s: float
+
+    @property
+    def times_ms(self) -> NDArray[np.float64]:
+        """What each call took."""
+        return self.ends_ms - self.begins_ms
+
+
+@dataclass(frozen=True)
+class NodeTime:
+    """One node of a session: its operator, where it ran, and the microseconds of all profiled runs together."""
+
+    name: str
+    operator: str
+    provider: str
+    us: float
 
 
 class Session:
@@ -78,15 +102,29 @@ class Session:
         self._check(answer)
         return np.asarray(arrays["logits"], np.float32)
 
-    def hold(self, feed: Feed) -> None:
-        """Make ``feed`` the input of `time`. Raises MeasureError as `run` does."""
-        self._check(self._worker.ask("hold", self._given(feed), output=self._output)[0])
+    def hold(self, feeds: Sequence[Feed]) -> None:
+        """Make ``feeds`` the input of what follows. Raises MeasureError as `run` does."""
+        arrays = {f"{i}/{name}": array for i, feed in enumerate(feeds) for name, array in self._given(feed).items()}
+        self._check(self._worker.ask("hold", arrays, output=self._output, count=len(feeds))[0])
 
     def time(self, least_runs: int, least_ms: float, *, uncounted: int = 0) -> Block:
-        """Run the held feed until there are enough runs and they took long enough, after some that do not count; see `worker.Model.times`."""
+        """Run the first held feed until there are enough runs and they took long enough, after some that do not count; see `worker.Model.times`."""
         answer, arrays = self._worker.ask("time", least_runs=least_runs, least_ms=least_ms, uncounted=uncounted)
         self._check(answer)
         return Block(arrays["times_us"] / 1e3, answer["cpu_s"])
+
+    def replay(self, order: Sequence[int], arrivals_s: Sequence[float] | None = None) -> Replay:
+        """Run the held feeds in this order, each as soon as the one before has ended and not before its arrival; see `worker.Model.replay`."""
+        listed = None if arrivals_s is None else list(arrivals_s)
+        answer, arrays = self._worker.ask("replay", order=list(order), arrivals_s=listed)
+        self._check(answer)
+        return Replay(arrays["begins_us"] / 1e3, arrays["ends_us"] / 1e3, answer["cpu_s"])
+
+    def profile(self, runs: int, *, uncounted: int) -> list[NodeTime]:
+        """The runtime's own profile of some runs of the first held feed, after some that do not count; see `worker.Model.profile`."""
+        answer, _ = self._worker.ask("profile", runs=runs, uncounted=uncounted)
+        self._check(answer)
+        return [NodeTime(*node) for node in answer["nodes"]]
 
     def cpu_s(self) -> float | None:
         """CPU seconds that the process has used; see `Worker.cpu_s`."""

@@ -7,8 +7,10 @@ A message is a line of JSON and then the bytes of its arrays, in the order of "a
     about                                               → python, version, wheels, providers; or missing, where something is not installed
     open    provider, threads, options, path | [model]  → load_s, inputs {name: type}, outputs, started, moved {operator: nodes}
     run     output, [feed]                              → [logits]
-    hold    output, [feed]                              → nothing; the feed of later times
-    time    least_runs, least_ms, uncounted             → [times_us], cpu_s
+    hold    output, [feeds: "0/input_ids", …]           → nothing; the feeds of what follows
+    time    least_runs, least_ms, uncounted             → [times_us], cpu_s; runs of feed 0
+    replay  order, arrivals_s or null                   → [begins_us, ends_us] since the start, cpu_s; one run of each feed of the order
+    profile runs, uncounted                             → nodes [[name, operator, provider, us]], all runs of feed 0 together
     memory                                              → before_bytes, peak_bytes: held before the load, and most since the start; or null
 
 An answer with "error" is what ONNX Runtime said. The process ends when its standard input does, so with the one that started it.
@@ -22,9 +24,11 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -98,17 +102,22 @@ class Model:
         self.options = header["options"]
         if self.provider in _NVIDIA and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # CUDA and cuDNN from their wheels: the dynamic linker does not look there
+        self.model: Any = arrays["model"].tobytes() if "model" in arrays else header["path"]
+        self.threads: int = header["threads"]
         self.before_bytes = _status_bytes("VmRSS")
         began = time.perf_counter()
-        self.session = self._load(arrays["model"].tobytes() if "model" in arrays else header["path"], header["threads"])
+        self.session = self._load()
         self.load_s = time.perf_counter() - began
-        self.call: Callable[[], object] = lambda: None
+        self.output, self.feeds = "", ()  # type: str, Sequence[Arrays]
+        self.calls: list[Callable[[], object]] = []
 
-    def _load(self, model: Any, threads: int) -> Any:
+    def _load(self, profile: str | None = None) -> Any:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        if profile:
+            options.enable_profiling, options.profile_file_prefix = True, profile
+        options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3  # errors
         # Threads spin while a call runs, as in stock sessions, and stop when it has returned: while one session is timed the others idle.
@@ -116,7 +125,7 @@ class Model:
         if self.provider != CPU:
             told = "session.record_ep_graph_assignment_info" if _tells_assignment() else "session.disable_cpu_ep_fallback"
             options.add_session_config_entry(told, "1")
-        return ort.InferenceSession(model, options, providers=[(self.provider, self.options)])
+        return ort.InferenceSession(self.model, options, providers=[(self.provider, self.options)])
 
     def facts(self) -> Header:
         """What came of opening it."""
@@ -139,18 +148,20 @@ class Model:
         """One output of one call."""
         return self.session.run([output], feed)[0]  # type: ignore[no-any-return]  # onnxruntime is not typed
 
-    def hold(self, output: str, feed: Arrays) -> None:
-        """Make ``feed`` the input of `times`. On NVIDIA's providers it is copied to the device once, and only the output comes back."""
-        if self.provider not in _NVIDIA:
-            self.call = lambda: self.session.run([output], feed)
-            return
-        binding = bound(self.session, output, feed, "cuda", int(self.options.get("device_id", 0)))
+    def hold(self, output: str, feeds: Sequence[Arrays]) -> None:
+        """Make ``feeds`` the input of what follows. On NVIDIA's providers they are copied to the device once, and only the output comes back."""
+        self.output, self.feeds = output, feeds
+        on_device = self.provider in _NVIDIA
+        self.calls = [self._bound(feed) if on_device else partial(self.session.run, [output], feed) for feed in feeds]
+
+    def _bound(self, feed: Arrays) -> Callable[[], object]:
+        binding = bound(self.session, self.output, feed, "cuda", int(self.options.get("device_id", 0)))
 
         def call() -> None:
             self.session.run_with_iobinding(binding)
             binding.synchronize_outputs()
 
-        self.call = call
+        return call
 
     def times(self, least_runs: int, least_ms: float, uncounted: int) -> tuple[NDArray[np.float64], float]:
         """``(times_us[runs], CPU seconds of this process meanwhile)``: runs until there are enough and they took long enough.
@@ -159,7 +170,7 @@ class Model:
         """
         import numpy as np
 
-        clock, call, enough_ns = time.perf_counter_ns, self.call, 1e6 * least_ms
+        clock, call, enough_ns = time.perf_counter_ns, self.calls[0], 1e6 * least_ms
         times: list[int] = []
         spent = 0
         gc.collect()
@@ -177,6 +188,47 @@ class Model:
         finally:
             gc.enable()
         return np.array(times, np.float64) / 1e3, time.process_time() - cpu
+
+    def replay(self, order: list[int], arrivals_s: list[float] | None) -> tuple[Arrays, float]:
+        """``({begins_us[runs], ends_us[runs]}, CPU seconds meanwhile)``: the held feeds in this order, none before its arrival.
+
+        Without garbage collection.
+        """
+        import numpy as np
+
+        clock, calls = time.perf_counter_ns, self.calls
+        begins, ends = np.empty(len(order)), np.empty(len(order))
+        gc.collect()
+        gc.disable()
+        cpu, start = time.process_time(), clock()
+        try:
+            for i, which in enumerate(order):
+                if arrivals_s is not None:
+                    early_s = arrivals_s[i] - (clock() - start) / 1e9
+                    if early_s > 0:
+                        time.sleep(early_s)
+                begins[i] = clock() - start
+                calls[which]()
+                ends[i] = clock() - start
+        finally:
+            gc.enable()
+        return {"begins_us": begins / 1e3, "ends_us": ends / 1e3}, time.process_time() - cpu
+
+    def profile(self, runs: int, uncounted: int) -> list[list[Any]]:
+        """Name, operator, provider and microseconds of every node, in a session of its own that writes the runtime's profile."""
+        with tempfile.TemporaryDirectory() as folder:
+            session = self._load(str(Path(folder) / "profile"))
+            for _ in range(uncounted + runs):
+                session.run([self.output], self.feeds[0])
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        times: dict[tuple[str, str, str], list[float]] = {}
+        for event in events:
+            name = str(event.get("name"))
+            if event.get("cat") == "Node" and name.endswith("_kernel_time"):
+                facts = event["args"]
+                key = (f"{name[: -len('_kernel_time')]}#{facts.get('node_index', '')}", facts["op_name"], facts["provider"])
+                times.setdefault(key, []).append(event["dur"])
+        return [[*key, sum(found[-runs:])] for key, found in times.items()]
 
 
 def bound(session: Any, output: str, feed: Arrays, device: str, number: int) -> Any:
@@ -246,8 +298,17 @@ def _ask(model: Model, header: Header, arrays: Arrays) -> tuple[Header, Arrays]:
     if header["do"] == "run":
         return {}, {"logits": model.run(header["output"], arrays)}
     if header["do"] == "hold":
-        model.hold(header["output"], arrays)
+        feeds: list[dict[str, Any]] = [{} for _ in range(header["count"])]
+        for name, array in arrays.items():
+            number, _, given = name.partition("/")
+            feeds[int(number)][given] = array
+        model.hold(header["output"], feeds)
         return {}, {}
+    if header["do"] == "replay":
+        spans, cpu_s = model.replay(header["order"], header["arrivals_s"])
+        return {"cpu_s": cpu_s}, spans
+    if header["do"] == "profile":
+        return {"nodes": model.profile(header["runs"], header["uncounted"])}, {}
     if header["do"] == "time":
         times_us, cpu_s = model.times(header["least_runs"], header["least_ms"], header["uncounted"])
         return {"cpu_s": cpu_s}, {"times_us": times_us}

@@ -45,8 +45,7 @@ def _target(before: tuple[edit.Dimension, ...] | None, after: tuple[edit.Dimensi
 
 def _read_off(node: ir.Node) -> NDArray[np.int64] | None:
     """What a Gather or Slice takes from the Shape of a value whose lengths there are fixed."""
-    source = edit.producer(node.inputs[0], "Shape")
-    lengths = edit.shape(source.inputs[0]) if source is not None else None
+    lengths = _lengths(node.inputs[0])
     places = [edit.constant(value) for value in node.inputs[1:]]
     if lengths is None or any(place is None for place in places):
         return None
@@ -60,12 +59,25 @@ def _read_off(node: ir.Node) -> NDArray[np.int64] | None:
     return np.array(part, np.int64) if part and all(isinstance(d, int) for d in part) else None
 
 
+def _lengths(value: ir.Value | None) -> tuple[edit.Dimension, ...] | None:
+    """What Shape, or some of it in another order (Gather), will give: numbers, and names of those that the caller chooses."""
+    node = edit.producer(value, "Shape", "Gather")
+    if node is None:
+        return None
+    if node.op_type == "Shape":
+        known = edit.shape(node.inputs[0])
+        return None if known is None else known[edit.integer(node, "start", 0) : edit.integer(node, "end", len(known))]
+    order, known = edit.constant(node.inputs[1]), _lengths(node.inputs[0])
+    return tuple(known[int(i)] for i in order) if order is not None and order.ndim == 1 and known is not None else None
+
+
 def _ask_the_input(model: ir.Model, node: ir.Node) -> bool:
     """Where a length of an inner value is one of a graph input's, read it there: then nothing but its content is asked of the inner one."""
     source = edit.producer(node.inputs[0], "Shape")
     lengths = edit.shape(source.inputs[0]) if source is not None else None
     place = edit.scalar(node.inputs[1])
-    if source is None or lengths is None or place is None or source.inputs[0] in model.graph.inputs:
+    whole = source is not None and not edit.integer(source, "start", 0) and "end" not in source.attributes
+    if source is None or not whole or lengths is None or place is None or source.inputs[0] in model.graph.inputs:
         return False
     found = next(
         ((given, axis) for given in model.graph.inputs for axis, d in enumerate(edit.shape(given) or ()) if d == lengths[int(place)]), None

@@ -20,7 +20,18 @@ def read(model: onnx.ModelProto) -> ir.Model:
     from onnx_ir.passes.common import LiftConstantsToInitializersPass
     from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
-    found: ir.Model = ir.from_proto(SymbolicShapeInference.infer_shapes(model, auto_merge=True))
+    hidden, plain = {}, model.__class__.FromString(model.SerializeToString())
+    for node in plain.graph.node:
+        # taken for the operator of the same name in com.microsoft; for the shape it is as good as its query
+        if node.op_type == "Attention" and not node.domain and len(node.output) == 1:
+            hidden[node.output[0]] = node.__class__.FromString(node.SerializeToString())
+            node.op_type = "Identity"
+            del node.input[1:], node.attribute[:]
+    inferred = SymbolicShapeInference.infer_shapes(plain, auto_merge=True)
+    for node in inferred.graph.node:
+        if node.output[0] in hidden:
+            node.CopyFrom(hidden[node.output[0]])
+    found: ir.Model = ir.from_proto(inferred)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(found)
     return found
 

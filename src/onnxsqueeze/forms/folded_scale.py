@@ -19,14 +19,14 @@ def apply(model: ir.Model) -> int:
         factor = edit.scalar(found[1]) if found else None
         if found is None or factor is None or (node.op_type == "Div" and found[1] is node.inputs[0]):
             continue
-        if _into_weights(model, found[0], 1 / factor if node.op_type == "Div" else factor):
+        if into_weights(model, found[0], 1 / factor if node.op_type == "Div" else factor):
             edit.replace(node.outputs[0], found[0])
             done += 1
     edit.tidy(model)
     return done
 
 
-def _into_weights(model: ir.Model, value: ir.Value, factor: float) -> bool:
+def into_weights(model: ir.Model, value: ir.Value, factor: float) -> bool:
     """Scale the linear layer whose output, moved about, is ``value``; False where there is none or another reader would see it.
 
     Scores, query · key, take the factor into the query's.
@@ -34,7 +34,7 @@ def _into_weights(model: ir.Model, value: ir.Value, factor: float) -> bool:
     scores = edit.producer(value, "MatMul")
     if scores is not None and edit.only_reader(value) is not None and edit.constant(scores.inputs[1]) is None:
         query = scores.inputs[0]
-        return query is not None and edit.constant(query) is None and _into_weights(model, query, factor)
+        return query is not None and edit.constant(query) is None and into_weights(model, query, factor)
     while (move := edit.producer(value, "Transpose", "Reshape")) is not None and edit.only_reader(value) is not None:
         source = move.inputs[0]
         assert source is not None  # noqa: S101  # both operators have it

@@ -1,13 +1,14 @@
 """Latency of several models beside each other: every ratio is between runs that shared the same seconds.
 
-Each model has a process of its own, in which its runs are timed; while one runs the others wait. For one shape, with all open:
+Each model has a process of its own, in which its runs are timed; while one runs the others wait. For one work, with all open:
 
     load     each session is made twice; the second time counts, when the file is in memory
     first    the first run of each session; the memory that its process took at most until then
     warm-up  windows of runs until the medians of two successive windows differ by at most 3 %, for at most 2 s
     rounds   20 rounds; in each, every model runs one block. A block begins with one run that is not counted (the model before it left
-             its weights in the caches) and lasts 1/20 of what settings ask for in runs *and* seconds. The order is drawn anew for
-             each cycle and turned by one place each round, so that every model stands equally often in every place.
+             its weights in the caches) and lasts 1/20 of what settings ask for in runs *and* seconds; or it is 40 calls of the task's
+             rows, the same for every model. The order is drawn anew for each cycle and turned by one place each round, so that every
+             model stands equally often in every place.
     quiet    a block in which others took more than 5 % of the cores, or the waiting models more than 5 % of one, is run again, until
              the blocks are three times as many as planned; what is left disturbed then is counted, and makes the latency invalid
     ratio    median of the baseline ÷ median of the target, with an interval that resamples rounds
@@ -17,18 +18,18 @@ Each model has a process of its own, in which its runs are timed; while one runs
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from onnxsqueeze.backends import HERE, Block
 from onnxsqueeze.environment import default_threads
-from onnxsqueeze.errors import MeasureError
 from onnxsqueeze.measure.contention import IDLE_SHARE, OTHERS_SHARE, Reading, idle_share, others_share, read
-from onnxsqueeze.measure.settings import MeasureSettings, Shape
+from onnxsqueeze.measure.settings import MeasureSettings
+from onnxsqueeze.measure.work import ROUNDS, Runs, Work
 from onnxsqueeze.results import Latency
 from onnxsqueeze.stage import Progress
 
@@ -36,12 +37,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    Feed = Mapping[str, NDArray[np.int64]]
     Blocks = tuple[NDArray[np.float64], ...]  # milliseconds of each run, one array per round
 
 Verdict = Literal["faster", "slower", "tie", "unproven"]
 
-ROUNDS = 20
 P99_RUNS = 459  # 0.99^459 < 0.01: so many runs have one beyond the 99 % point with 99 % probability
 TIE_RATIO = 1.02  # two sessions of one file differ by 1 or 2 %: where their memory lies, how it is aligned
 DRIFT_RATIO = 1.25  # the medians of the first and the second half of the rounds may differ by this much
@@ -51,16 +50,10 @@ _STEADY_RATIO, _WARMUP_MS = 1.03, 2_000.0
 _SEED = 0
 
 
-class Runs(Protocol):
+class Timeable(Runs, Protocol):
     """What is timed: `onnxsqueeze.backends.Session`, or anything that runs and keeps the time."""
 
     load_s: float
-
-    def hold(self, feed: Feed) -> None:
-        """Make ``feed`` the input of `time`."""
-
-    def time(self, least_runs: int, least_ms: float, *, uncounted: int = 0) -> Block:
-        """Run until there are enough runs and they took long enough, after some that do not count."""
 
     def cpu_s(self) -> float | None:
         """CPU seconds that it has used so far; None where nobody can tell."""
@@ -72,7 +65,7 @@ class Runs(Protocol):
         """Free what the session holds."""
 
 
-Opener = Callable[[str, Path, int], Runs]  # backend, file, threads
+Opener = Callable[[str, Path, int], Timeable]  # backend, file, threads
 
 
 @dataclass(frozen=True)
@@ -101,25 +94,25 @@ class LatencyResult:
 def measure_latency(
     candidates: Sequence[Candidate],
     baseline: str | None,
-    shape: Shape,
+    work: Work,
     settings: MeasureSettings,
     progress: Progress,
     *,
     opener: Opener = HERE.open,
     reader: Callable[[], Reading | None] = read,
 ) -> dict[str, LatencyResult]:
-    """Time all ``candidates`` at one shape, interleaved; per name its latency and its ratio to the one named ``baseline``.
+    """Time all ``candidates`` at one ``work``, interleaved; per name its latency and its ratio to the one named ``baseline``.
 
-    Inputs are random ids of the vocabulary with a full attention mask, the same in every run. Of ``settings`` only ``min_runs`` and
-    ``min_seconds`` are used. Raises MeasureError where a model does not take the shape, Unavailable where a backend does not start.
+    Of ``settings`` only ``min_runs`` and ``min_seconds`` are used, and for a fixed shape alone. Raises MeasureError where a model does
+    not take the shape, Unavailable where a backend does not start.
     """
-    feeds = {c.name: _feed(c, shape) for c in candidates}
-    sessions: dict[str, Runs] = {}
+    threads = work.shape.threads
+    sessions: dict[str, Timeable] = {}
     try:
         for c in candidates:
-            opener(c.backend, c.onnx, shape.threads).close()
-            sessions[c.name] = opener(c.backend, c.onnx, shape.threads)
-            sessions[c.name].hold(feeds[c.name])
+            opener(c.backend, c.onnx, threads).close()
+            sessions[c.name] = opener(c.backend, c.onnx, threads)
+            work.hold(c.onnx, sessions[c.name])
         first_ms = {name: float(session.time(1, 0.0).times_ms[0]) for name, session in sessions.items()}
         memory = {name: session.memory_bytes() for name, session in sessions.items()}
         total = len(sessions) * (ROUNDS + 1)
@@ -127,14 +120,15 @@ def measure_latency(
         for done, (name, session) in enumerate(sessions.items()):
             progress(done, total, f"warming up {name}")
             warm[name] = _warm_up(session)
-        samples: dict[str, list[_Timed]] = {name: [] for name in sessions}
+        samples: dict[str, list[_Measured]] = {name: [] for name in sessions}
         spare = (REPEATS - 1) * ROUNDS * len(sessions)
-        for done, name in enumerate(_order(list(sessions)), start=len(sessions)):
+        for done, (round_, name) in enumerate(_order(list(sessions)), start=len(sessions)):
             progress(done, total, name)
-            block = _block(name, sessions, settings, reader)
+            run = partial(work.block, sessions[name], round_, settings)
+            block = _block(name, sessions, run, reader)
             while block.disturbed and spare:
                 spare -= 1
-                block = replace(_block(name, sessions, settings, reader), repeats=block.repeats + 1)
+                block = replace(_block(name, sessions, run, reader), repeats=block.repeats + 1)
             samples[name].append(block)
         progress(total, total)
     finally:
@@ -142,7 +136,7 @@ def measure_latency(
             session.close()
     blocks = {name: tuple(block.times_ms for block in found) for name, found in samples.items()}
     latencies = {
-        name: _latency(blocks[name], shape, session.load_s, first_ms[name], *warm[name], _quiet(samples[name]), memory[name])
+        name: _latency(blocks[name], work, session.load_s, first_ms[name], *warm[name], _quiet(samples[name]), memory[name])
         for name, session in sessions.items()
     }
     return {name: _result(name, baseline, latencies, blocks) for name in sessions}
@@ -167,7 +161,7 @@ def _result(name: str, baseline: str | None, latencies: Mapping[str, Latency], b
 
 
 @dataclass(frozen=True)
-class _Timed:
+class _Measured:
     """One block's runs; meanwhile the part of the cores that others took, and of one core the waiting models; how often it was run again."""
 
     times_ms: NDArray[np.float64]
@@ -181,20 +175,20 @@ class _Timed:
         return self.others > OTHERS_SHARE or (self.idle or 0.0) > IDLE_SHARE
 
 
-def _block(name: str, sessions: Mapping[str, Runs], settings: MeasureSettings, reader: Callable[[], Reading | None]) -> _Timed:
-    """The runs of one block, without its first one, and what others and the waiting models took of the CPU meanwhile."""
+def _block(name: str, sessions: Mapping[str, Timeable], run: Callable[[], Block], reader: Callable[[], Reading | None]) -> _Measured:
+    """The counted runs of one block, and what others and the waiting models took of the CPU meanwhile."""
     waiting = [session for other, session in sessions.items() if other != name]
     idle_before, before = [session.cpu_s() for session in waiting], reader()
-    block = sessions[name].time(-(-settings.min_runs // ROUNDS), 1000 * settings.min_seconds / ROUNDS, uncounted=1)
+    block = run()
     after, idle_after = reader(), [session.cpu_s() for session in waiting]
-    return _Timed(
+    return _Measured(
         block.times_ms,
         others_share(before, after, default_threads(), block.cpu_s),
         idle_share(idle_before, idle_after, before, after),
     )
 
 
-def _quiet(blocks: Sequence[_Timed]) -> dict[str, Any]:
+def _quiet(blocks: Sequence[_Measured]) -> dict[str, Any]:
     """What a record says of the quiet: blocks that were run again, blocks that were disturbed all the same, the waiting models' CPU."""
     known = [block.idle for block in blocks if block.idle is not None]
     return {
@@ -206,7 +200,7 @@ def _quiet(blocks: Sequence[_Timed]) -> dict[str, Any]:
 
 def _latency(
     blocks: Blocks,
-    shape: Shape,
+    work: Work,
     load_s: float,
     first_run_ms: float,
     warmup: int,
@@ -225,9 +219,10 @@ def _latency(
         p90_ms=nearest_rank(runs, 90),
         p99_ms=nearest_rank(runs, 99) if len(runs) >= P99_RUNS else None,
         n=len(runs),
-        batch=shape.batch,
-        sequence=shape.sequence,
-        threads=shape.threads,
+        batch=work.shape.batch,
+        sequence=work.shape.sequence,
+        threads=work.shape.threads,
+        lengths=work.lengths,
         load_s=load_s,
         first_run_ms=first_run_ms,
         min_ms=float(runs.min()),
@@ -241,8 +236,8 @@ def _latency(
     )
 
 
-def _order(names: list[str]) -> Iterator[str]:
-    """The name of each block, `ROUNDS` rounds of all names: a new order every ``len(names)`` rounds, turned by one place in between."""
+def _order(names: list[str]) -> Iterator[tuple[int, str]]:
+    """The round and the name of each block, `ROUNDS` rounds of all names: a new order every ``len(names)`` rounds, turned by one place in between."""
     import numpy as np
 
     random = np.random.default_rng(_SEED)
@@ -251,10 +246,10 @@ def _order(names: list[str]) -> Iterator[str]:
         turn = i % len(names)
         if turn == 0:
             order = [names[j] for j in random.permutation(len(names))]
-        yield from (*order[turn:], *order[:turn])
+        yield from ((i, name) for name in (*order[turn:], *order[:turn]))
 
 
-def _warm_up(session: Runs) -> tuple[int, bool]:
+def _warm_up(session: Timeable) -> tuple[int, bool]:
     """Run until two successive windows agree: (runs, whether they did before the time was up)."""
     from statistics import median
 
@@ -268,28 +263,3 @@ def _warm_up(session: Runs) -> tuple[int, bool]:
             if spent > _WARMUP_MS:
                 return runs, False
         before = now
-
-
-def _feed(candidate: Candidate, shape: Shape) -> Feed:
-    import numpy as np
-
-    place = f"{candidate.name}: config.json"
-    file = candidate.onnx.parent / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        vocabulary = int(config["vocab_size"])
-    except (OSError, ValueError, KeyError) as error:
-        raise MeasureError(
-            f"{place}: no vocab_size can be read beside the model", remedy="copy the model's config.json to its .onnx"
-        ) from error
-    pad_id, longest = config.get("pad_token_id") or 0, config.get("max_position_embeddings")
-    if longest is not None and "roberta" in config.get("model_type", ""):
-        longest -= pad_id + 1  # its first position is pad_id + 1
-    if longest is not None and shape.sequence > longest:
-        raise MeasureError(
-            f"{place}: the model takes at most {longest} tokens, measure asks for {shape.sequence}",
-            remedy=f"set measure.sequence (and each of measure.shapes) to {longest} or less",
-        )
-    ids = np.random.default_rng(_SEED).integers(vocabulary, size=(shape.batch, shape.sequence))
-    ids[ids == pad_id] = (pad_id + 1) % vocabulary
-    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from onnxsqueeze.report.grid import Grid, grid, joined
 from onnxsqueeze.report.numbers import (
     MISSING,
     hundredths,
@@ -23,6 +23,7 @@ from onnxsqueeze.report.numbers import (
     seconds,
     whole,
 )
+from onnxsqueeze.report.running import execution, load
 from onnxsqueeze.report.summary import Table, run_title, tables, useless_zeros
 from onnxsqueeze.results import Latency, Results, StageRecord, Target
 
@@ -30,35 +31,16 @@ _DETAIL_CHARACTERS = 160  # of what a stage says it changed; results.json holds 
 _SHA_CHARACTERS = 16
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column's heading, and whether it holds numbers (set flush right)."""
-
-    title: str
-    number: bool = False
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A titled table of text. ``secondary`` grids are folded away where the form can."""
-
-    title: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-    secondary: bool = False
-
-
 def overview(runs: Sequence[Results]) -> Grid:
     """Every measured target of several runs in one grid."""
     rows = [
-        (run_title(run), table.backend, row.name, row.size, row.smaller, row.p50, _joined(row.faster, row.faster_ci), f"{row.metric} ({table.metric})",
-         _joined(row.delta, row.delta_ci), row.quality or row.status)
+        (run_title(run), table.backend, row.name, row.size, row.smaller, row.p50, joined(row.faster, row.faster_ci), f"{row.metric} ({table.metric})",
+         joined(row.delta, row.delta_ci), row.quality or row.status)
         for run in runs for table in tables(run) for row in table.measured
     ]  # fmt: skip
     cpus = dict.fromkeys(run.environment.cpu for run in runs)
     note = "" if len(cpus) == 1 else f"Latencies of different processors do not compare: {', '.join(cpus)}."
-    return _grid(
+    return grid(
         "All runs", "Run|Backend|Target|#Size, MB|#× smaller|#p50, ms|#× faster [95 %]|#Metric|#Δ, points [95 %]|Quality", rows, note=note
     )
 
@@ -69,6 +51,8 @@ def run_grids(results: Results) -> list[Grid]:
     grids = [
         _gates(tables(results)),
         _latencies(measured),
+        execution(measured),
+        load(measured),
         _metrics(results, measured),
         _sizes(measured),
         _splits(results),
@@ -79,7 +63,7 @@ def run_grids(results: Results) -> list[Grid]:
         _operators(measured),
         _files(measured),
     ]
-    return [grid for grid in grids if grid.rows]
+    return [one for one in grids if one.rows]
 
 
 def data_sentences(results: Results) -> list[str]:
@@ -99,7 +83,7 @@ def data_sentences(results: Results) -> list[str]:
 
 def _gates(per_backend: Iterable[Table]) -> Grid:
     lines = [gate for table in per_backend for row in table.rows for gate in row.gates]
-    return _grid(
+    return grid(
         "Gates", "Target|Gate|#Limit|#Value|Verdict", [(g.target, g.name, g.limit, g.value, g.verdict) for g in lines],
         note="A gate is decided by the point estimate; “not proven” says that the far end of the 95 % interval would miss it.",
     )  # fmt: skip
@@ -111,7 +95,7 @@ def _latencies(targets: Sequence[Target]) -> Grid:
         verdict = "INVALID" if not x.valid else "steady" if x.steady else "not steady"
         return (
             target.name,
-            f"{x.batch} × {x.sequence}",
+            f"{x.batch} × {x.sequence}" if x.lengths == "fixed" else f"{x.batch} × the task's (median {x.sequence})",
             str(x.threads),
             *times,
             _speedup(target, x),
@@ -123,7 +107,7 @@ def _latencies(targets: Sequence[Target]) -> Grid:
         )
 
     rows = [row(t, x) for t in targets for x in dict.fromkeys((t.latency, *t.latencies)) if x]
-    return _grid(
+    return grid(
         "Latency at every shape", "Target|Batch × tokens|#Threads|#p50, ms|#p90, ms|#p99, ms|#Min, ms|#Max, ms|#× faster [95 %]|#Runs|#First run, ms|#Load|Measured|Runs are", rows,
         note="Nearest-rank percentiles; p99 needs 459 runs. The first run and loading are not part of them.",
     )  # fmt: skip
@@ -134,10 +118,15 @@ def _speedup(target: Target, latency: Latency) -> str:
     if not target.vs_baseline:
         return MISSING
     if latency == target.latency:
-        return _joined(ratio(target.vs_baseline.speedup), ratio_interval(target.vs_baseline.speedup_ci95))
+        return joined(ratio(target.vs_baseline.speedup), ratio_interval(target.vs_baseline.speedup_ci95))
     for other in target.extra.get("speedups", ()):
-        if (other["batch"], other["sequence"], other["threads"]) == (latency.batch, latency.sequence, latency.threads):
-            return _joined(ratio(other["speedup"]), ratio_interval(other["speedup_ci95"]))
+        if (other["batch"], other["sequence"], other["threads"], other.get("lengths", "fixed")) == (
+            latency.batch,
+            latency.sequence,
+            latency.threads,
+            latency.lengths,
+        ):
+            return joined(ratio(other["speedup"]), ratio_interval(other["speedup_ci95"]))
     return MISSING
 
 
@@ -162,7 +151,7 @@ def _metrics(results: Results, targets: Sequence[Target]) -> Grid:
                     )
                 )
     note = f"Measured through the .onnx at batch {results.task.batch}, at most {results.task.max_length} tokens; differences are paired, on the same rows."
-    return _grid("Every metric", "Target|Split|Metric|#Value|#95 %|#Δ, points|#95 %|#p|#Rows", rows, note=note)
+    return grid("Every metric", "Target|Split|Metric|#Value|#95 %|#Δ, points|#95 %|#p|#Rows", rows, note=note)
 
 
 def _sizes(targets: Sequence[Target]) -> Grid:
@@ -178,7 +167,7 @@ def _sizes(targets: Sequence[Target]) -> Grid:
         )
         for t in targets
     ]
-    return _grid(
+    return grid(
         "Sizes",
         "Target|#.onnx, MB|#bytes|#gzip -9, MB|#bytes|#tokenizer.json, MB|#bytes",
         rows,
@@ -200,7 +189,7 @@ def _weights(targets: Sequence[Target]) -> Grid:
         for t in targets
         for w in t.weights
     ]
-    return _grid("Weights in the written files", "Target|Class|Type|#Weights|#Zeros|#Bytes|", rows, secondary=True)
+    return grid("Weights in the written files", "Target|Class|Type|#Weights|#Zeros|#Bytes|", rows, secondary=True)
 
 
 def _stages(results: Results) -> Grid:
@@ -217,7 +206,7 @@ def _stages(results: Results) -> Grid:
             records.setdefault(identity, stage)
             users.setdefault(identity, []).append(target.name)
     rows = [(s.id, s.kind, ", ".join(users[i]) or "no target", *_outcome(s)) for i, s in records.items()]
-    return _grid(
+    return grid(
         "Stages",
         "Stage|Kind|Leads to|#Took|What it changed, counted in the result",
         rows,
@@ -230,7 +219,7 @@ def _outcome(stage: StageRecord) -> tuple[str, str]:
     if stage.skipped:
         return MISSING, f"skipped: {stage.skipped}"
     count, what, details = (stage.changed.get(name) for name in ("count", "what", "details"))
-    text = _joined(f"{whole(count)} {what}" if isinstance(count, int) else "", _json(details) if details else "", between=": ")
+    text = joined(f"{whole(count)} {what}" if isinstance(count, int) else "", _json(details) if details else "", between=": ")
     text = text if len(text) <= _DETAIL_CHARACTERS else f"{text[: _DETAIL_CHARACTERS - 1]}…"
     return seconds(stage.seconds), f"{text} (from the store)" if stage.reused else text
 
@@ -249,7 +238,7 @@ def _trials(targets: Sequence[Target]) -> Grid:
                 ratio = f"{trial['speedup']:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else MISSING
                 rows.append((target.name, str(trial["round"]), what, milliseconds(trial["p50_ms"]), ratio))
     note = "Times of graphs measured in turns; × faster is against all forms of the same round. The form whose absence helps most goes, then the rest is tried again."
-    return _grid("Tuning", "Target|#Round|Graph|#p50, ms|#× faster [95 %]", rows, note=note, secondary=True)
+    return grid("Tuning", "Target|#Round|Graph|#p50, ms|#× faster [95 %]", rows, note=note, secondary=True)
 
 
 def _operators(targets: Sequence[Target]) -> Grid:
@@ -258,12 +247,12 @@ def _operators(targets: Sequence[Target]) -> Grid:
         for t in targets
         if t.operators
     ]
-    return _grid("Operators in the written files", "Target|Nodes per operator", rows, secondary=True)
+    return grid("Operators in the written files", "Target|Nodes per operator", rows, secondary=True)
 
 
 def _files(targets: Sequence[Target]) -> Grid:
     rows = [(t.name, f.path, whole(f.bytes), _sha(f.sha256)) for t in targets for f in t.files]
-    return _grid(
+    return grid(
         "Files", "Target|File|#Bytes|sha256", rows, note=f"The first {_SHA_CHARACTERS} digits; results.json has all 64.", secondary=True
     )
 
@@ -272,7 +261,7 @@ def _splits(results: Results) -> Grid:
     splits = (*results.task.training, *results.task.splits)
     rows = [(s.name, s.role, whole(s.n), whole(s.dropped), s.source, _sha(s.sha256)) for s in splits]
     note = f"Choices are made on the selection split alone; the dev set is opened by measuring alone. The first {_SHA_CHARACTERS} digits of each digest."
-    return _grid("Data", "Split|Role|#Rows|#Dropped|Source|sha256", rows, note=note)
+    return grid("Data", "Split|Role|#Rows|#Dropped|Source|sha256", rows, note=note)
 
 
 def _environment(results: Results) -> Grid:
@@ -292,13 +281,7 @@ def _environment(results: Results) -> Grid:
         ("System", f"{e.os}, Python {e.python}"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in sorted(e.versions.items()))),
     ]
-    return _grid("How it was made", "What|Value", rows)
-
-
-def _grid(title: str, columns: str, rows: Iterable[tuple[str, ...]], *, note: str = "", secondary: bool = False) -> Grid:
-    """``columns`` are parted by ``|``; one that begins with ``#`` holds numbers."""
-    heads = tuple(Column(name.removeprefix("#"), number=name.startswith("#")) for name in columns.split("|"))
-    return Grid(title, heads, tuple(rows), note, secondary)
+    return grid("How it was made", "What|Value", rows)
 
 
 def _identity(stage: StageRecord) -> str:
@@ -321,7 +304,3 @@ def _sha(digest: str) -> str:
 
 def _count(size: int | None) -> str:
     return MISSING if size is None else whole(size)
-
-
-def _joined(*parts: str, between: str = " ") -> str:
-    return between.join(part for part in parts if part)

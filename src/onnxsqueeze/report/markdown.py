@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from onnxsqueeze.report.details import Column, Grid, data_sentences, overview, run_grids
+from onnxsqueeze.report.details import data_sentences, overview, run_grids
+from onnxsqueeze.report.grid import Column, Grid
 from onnxsqueeze.report.summary import Row, Table, run_title, tables
 from onnxsqueeze.results import Results
 

@@ -16,6 +16,7 @@ from onnxsqueeze.errors import StageError
 from onnxsqueeze.measure.latency import Candidate, LatencyResult, measure_latency
 from onnxsqueeze.measure.metric import predict
 from onnxsqueeze.measure.settings import MeasureSettings, Shape
+from onnxsqueeze.measure.work import FixedWork
 from onnxsqueeze.stage import Changed, Context, Stage, State
 from onnxsqueeze.stages import calibration
 
@@ -36,6 +37,7 @@ _EVERY: tuple[FormName, ...] = (
     "unfused-residual",
 )
 
+_AT_ONCE = 3  # graphs measured beside the one with all forms: each is a session with its own copy of the weights
 _ROUNDS = 4  # of leaving forms out; the first finds what there is, the others what that has uncovered
 
 
@@ -52,11 +54,13 @@ class OptimizeGraph(Stage):
     tools: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnx", "onnx-ir")
     uses_data: ClassVar[bool] = True
 
+    version: ClassVar[int] = 2  # 2: Attention as one node, residuals subtracted
+
     kind: Literal["optimize-graph"] = "optimize-graph"
     forms: tuple[FormName, ...] | None = Field(
         None,
         min_length=1,
-        description="Forms to apply, or with `tune` to choose from; default: all, but without `tune` not attention-operator",
+        description="Forms to apply, or with `tune` to choose from; default: all",
     )
     tune: bool = Field(default=False, description="Leave out the forms that are slower on this CPU, at the shape that the recipe measures")
     tune_seconds: float = Field(1.0, ge=0, le=60, description="Least measured time per graph and round of the tuning")
@@ -95,11 +99,9 @@ class OptimizeGraph(Stage):
     def wanted(self) -> tuple[FormName, ...]:
         """The forms to apply or to choose from, in the order in which they are applied.
 
-        attention-operator and sequence-first exclude each other (the second then finds nothing to do); on CPUs the second is the faster.
+        attention-operator and sequence-first exclude each other: the second finds nothing to do behind the first, which was the faster on all CPUs seen.
         """
-        if self.forms is not None:
-            return tuple(name for name in _EVERY if name in self.forms)
-        return _EVERY if self.tune else tuple(name for name in _EVERY if name != "attention-operator")
+        return tuple(name for name in _EVERY if self.forms is None or name in self.forms)
 
     # ── proof ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -150,15 +152,21 @@ class OptimizeGraph(Stage):
     def _tuned(self, workshop: _Workshop) -> tuple[tuple[FormName, ...], list[dict[str, Any]]]:
         """The forms without those whose absence was faster, and every trial.
 
-        Each round measures, interleaved, the graph with all forms that are left, without each one of them, and the parent.
+        Each round measures the graph without each form that is left against the one with all of them, a few at a time and interleaved; the
+        first round the parent too. A form that found nothing to do beside the others is not tried, but stays: it may, when another goes.
         """
         left, trials = self.wanted(), []
         for round_ in range(1, _ROUNDS + 1):
-            sets: dict[str, tuple[FormName, ...]] = {"all": left, "parent": ()}
-            sets |= {name: tuple(n for n in left if n != name) for name in left}
-            found = workshop.race(sets, self.tune_seconds)
-            faster = [name for name in left if (found[name].speedup_ci95 or (0.0, 0.0))[0] > 1]
-            trials += [_trial(round_, sets[name], result) for name, result in found.items()]
+            sets: dict[str, tuple[FormName, ...]] = {} if round_ > 1 else {"parent": ()}
+            without = {name: tuple(n for n in left if n != name) for name in left}
+            sets |= {name: names for name, names in without.items() if not workshop.same(names, left)}
+            found: dict[str, LatencyResult] = {}
+            for start in range(0, len(sets), _AT_ONCE):
+                group = list(sets)[start : start + _AT_ONCE]
+                results = workshop.race({"all": left} | {name: sets[name] for name in group}, self.tune_seconds)
+                found |= {name: result for name, result in results.items() if name not in found}
+            faster = [name for name in left if name in found and (found[name].speedup_ci95 or (0.0, 0.0))[0] > 1]
+            trials += [_trial(round_, (sets | {"all": left})[name], result) for name, result in found.items()]
             if not faster:
                 break
             best = max(faster, key=lambda name: found[name].speedup or 0.0)
@@ -167,7 +175,7 @@ class OptimizeGraph(Stage):
 
 
 def _trial(round_: int, forms: Sequence[FormName], result: LatencyResult) -> dict[str, Any]:
-    """One measured graph; the ratio is to the graph with all forms of its round."""
+    """One measured graph; the ratio is to the graph with all forms of its round, measured in turns with it."""
     return {
         "round": round_,
         "forms": list(forms),
@@ -217,6 +225,10 @@ class _Workshop:
             self.apply(names, made)
         return made
 
+    def same(self, names: Sequence[FormName], others: Sequence[FormName]) -> bool:
+        """Whether two sets of forms give the same file."""
+        return (self.folder(names) / MODEL_FILE).read_bytes() == (self.folder(others) / MODEL_FILE).read_bytes()
+
     def logits(self, names: Sequence[FormName]) -> list[NDArray[np.float32]]:
         """Logits of real rows at three shapes, in a stock session."""
         return calibration.logits(self.folder(names) / MODEL_FILE, calibration.shapes(self.parent.path, self.context), self.context.threads)
@@ -246,4 +258,4 @@ class _Workshop:
         call = self.context.call
         shape = Shape(batch=call.batch, sequence=call.tokens, threads=call.threads)
         settings = MeasureSettings(min_runs=60, min_seconds=seconds)
-        return measure_latency(candidates, next(iter(sets)), shape, settings, self.context.progress)
+        return measure_latency(candidates, next(iter(sets)), FixedWork(shape), settings, self.context.progress)

@@ -104,6 +104,8 @@ class QuantizeInc(Stage):
             quant_level=1,  # the configuration as it is: 0 and "auto" start tuning
             tuning_criterion=TuningCriterion(max_trials=1, timeout=0),
             reduce_range=seven_bits(self.reduce_range),
+            # it takes ONNX's Attention for the operator of that name in com.microsoft, and writes a file that does not load
+            op_type_dict={"Attention": {"activation": {"dtype": ["fp32"]}, "weight": {"dtype": ["fp32"]}}},
             # its default lets ONNX Runtime fuse Gemm with Tanh first, which hides the pooler's weight from the quantizer
             recipes={"graph_optimization_level": "ENABLE_BASIC"},
         )
