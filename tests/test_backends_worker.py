@@ -106,6 +106,17 @@ def test_the_death_of_its_parent_ends_a_worker(model: Path, busy: bool) -> None:
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
+def test_bound_inputs_give_the_same_logits(model: Path) -> None:
+    """As NVIDIA's providers are timed, on the one device that every machine has."""
+    session = ort.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    feed = {name: FEED[name] for name in ("input_ids", "attention_mask")}
+    binding = worker.bound(session, "logits", feed, "cpu", 0)
+    session.run_with_iobinding(binding)
+    binding.synchronize_outputs()
+
+    np.testing.assert_array_equal(binding.copy_outputs_to_cpu()[0], session.run(["logits"], feed)[0])
+
+
 def test_ctrl_c_is_left_to_the_process_that_asks(model: Path) -> None:
     session = get("cpu").open(model, 1)
     newest().send_signal(signal.SIGINT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable
 from contextlib import closing
@@ -12,6 +13,8 @@ from pathlib import Path
 from onnxsqueeze.backends.process import Worker
 from onnxsqueeze.backends.session import Session
 from onnxsqueeze.errors import MeasureError, Unavailable
+
+_ABSENT_LIBRARY = re.compile(r"[\w.+-]+\.so[\d.]*: cannot open shared object file")  # as the dynamic linker says it
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ def _try(backend: Backend) -> tuple[str, str] | None:
             if "error" in facts:
                 return f"{fails}: {facts['error']}", remedy
             if facts["started"][0] != backend.provider or facts["moved"]:
-                return f"{fails}: a library, a driver or the device is missing", remedy
+                library = _ABSENT_LIBRARY.search(worker.said())
+                return f"{fails}: {library[0] if library else 'a library, a driver or the device is missing'}", remedy
             answer, _ = worker.ask("run", {"x": np.array([[1.0, 2.0]], np.float32)}, output="y")
     except MeasureError as error:
         return f"{fails}: {error.message}", remedy

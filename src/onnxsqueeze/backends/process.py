@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import subprocess
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _LAST_LINES = 4  # of what a worker that ended had written
 _START_S = 120.0  # importing ONNX Runtime from a cold disk, and no more: what says nothing for so long is not a Python
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _END_S = 5.0  # a worker ends by itself when its input does; a run that hangs is killed after this
 
 
@@ -72,6 +74,13 @@ class Worker:
             return None
         return float(times.user + times.system)
 
+    def said(self) -> str:
+        """The last lines that it and its runtime have written so far, without paths and colours; may be empty."""
+        self._said.seek(0)
+        text = _COLOUR.sub("", self._said.read().decode(errors="replace"))
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return without_paths(" | ".join(lines[-_LAST_LINES:]))
+
     def close(self) -> None:
         """End the process and wait for it."""
         with suppress(BrokenPipeError):  # it has ended already
@@ -94,9 +103,7 @@ class Worker:
         except subprocess.TimeoutExpired:  # it talks, but not our language
             self._process.kill()
             code = self._process.wait()
-        self._said.seek(0)
-        lines = [line.strip() for line in self._said.read().decode(errors="replace").splitlines() if line.strip()]
-        last = without_paths(" | ".join(lines[-_LAST_LINES:]))
+        last = self.said()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         remedy = (
             "often too little memory: look at `dmesg`, measure fewer targets at once or a smaller batch"

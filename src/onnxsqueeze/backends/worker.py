@@ -151,18 +151,11 @@ class Model:
     def hold(self, output: str, feeds: Sequence[Arrays]) -> None:
         """Make ``feeds`` the input of what follows. On NVIDIA's providers they are copied to the device once, and only the output comes back."""
         self.output, self.feeds = output, feeds
-        bound = self.provider in _NVIDIA
-        self.calls = [self._bound(feed) if bound else partial(self.session.run, [output], feed) for feed in feeds]
+        on_device = self.provider in _NVIDIA
+        self.calls = [self._bound(feed) if on_device else partial(self.session.run, [output], feed) for feed in feeds]
 
     def _bound(self, feed: Arrays) -> Callable[[], object]:
-        import onnxruntime as ort
-
-        device = int(self.options.get("device_id", 0))
-        binding = self.session.io_binding()
-        for name, array in feed.items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, "cuda", device))
-        binding.bind_output(self.output, "cpu")
-        binding.synchronize_inputs()
+        binding = bound(self.session, self.output, feed, "cuda", int(self.options.get("device_id", 0)))
 
         def call() -> None:
             self.session.run_with_iobinding(binding)
@@ -236,6 +229,18 @@ class Model:
                 key = (f"{name[: -len('_kernel_time')]}#{facts.get('node_index', '')}", facts["op_name"], facts["provider"])
                 times.setdefault(key, []).append(event["dur"])
         return [[*key, sum(found[-runs:])] for key, found in times.items()]
+
+
+def bound(session: Any, output: str, feed: Arrays, device: str, number: int) -> Any:
+    """An ``IOBinding`` with ``feed`` on a device and ``output`` in the host's memory."""
+    import onnxruntime as ort
+
+    binding = session.io_binding()
+    for name, array in feed.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, device, number))
+    binding.bind_output(output, "cpu")
+    binding.synchronize_inputs()
+    return binding
 
 
 def about() -> Header:

@@ -194,7 +194,7 @@ def _quiet(blocks: Sequence[_Measured]) -> dict[str, Any]:
     return {
         "repeated_blocks": sum(block.repeats for block in blocks),
         "disturbed_blocks": sum(block.disturbed for block in blocks),
-        "idle_cpu_share": max(known) if known else None,
+        "idle_cpu_share": round(max(known), 4) if known else None,
     }
 
 
