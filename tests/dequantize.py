@@ -33,8 +33,8 @@ def errors(written: Path, original: Path) -> dict[str, tuple[NDArray[Any], NDArr
         if suffix == "_quantized":
             s, z, values = *_scale_and_zero(written, stored, after), q.astype(np.int32)
             # Gemm keeps [outputs, inputs] in both files; what became a product of integers lies as [inputs, outputs]
-            outputs_first, turned = _reader(original, name).op_type == "Gemm", _reader(written, stored).op_type == "MatMulInteger"
-            turned |= _reader(written, stored).op_type == "QLinearMatMul"
+            outputs_first = _reader(original, name).op_type == "Gemm"
+            turned = _reader(written, stored).op_type in ("MatMul", "MatMulInteger", "QLinearMatMul")
             if outputs_first and turned:
                 values = values.T
             if s.ndim == 1 and s.size > 1 and outputs_first:

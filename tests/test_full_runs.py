@@ -28,11 +28,11 @@ def test_every_recipe_runs_on_the_real_model(file: Path, place: Path) -> None:
     outcome, _ = run(file, place / file.stem, model=Path("minilm"), store=place / "store", overrides=LITTLE)
     assert outcome.exit_code == 0, outcome.problems
     for target in outcome.results.targets:
-        assert target.status == "ok" or (target.backend == "cuda" and target.status == "skipped"), target.reason
+        assert target.status == "ok" or (target.backend != "cpu" and target.status == "skipped"), target.reason
         assert target.size_bytes
-    fp32 = outcome.results.targets[0]
-    assert fp32.baseline
-    quantized = [t for t in outcome.results.targets if "int8" in t.name or t.name.startswith(("q-", "qd-", "qp-", "qdp-"))]
+    assert outcome.results.targets[0].baseline
+    measured = [t for t in outcome.results.targets if t.status == "ok"]
+    quantized = [t for t in measured if "int8" in t.name or t.name.startswith(("q-", "qd-", "qp-", "qdp-"))]
     for target in quantized:
         assert target.vs_baseline
         assert target.vs_baseline.size_ratio > 3.8, "int8 is near a quarter of fp32, embeddings included"

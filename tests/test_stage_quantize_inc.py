@@ -33,20 +33,24 @@ def names(folder: Path) -> set[str]:
 
 
 @needs_inc
-@pytest.mark.parametrize("approach", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("approach", "product"),
+    [("dynamic", "MatMulInteger"), ("static", "QLinearMatMul"), ("static", "MatMul")],
+    ids=["dynamic", "static", "qdq"],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_weight_is_within_half_a_step_and_logits_stay_close(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: FamilyName, approach: Literal["dynamic", "static"]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: FamilyName, approach: Literal["dynamic", "static"], product: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     parent, context = export(tmp_path / "work", family)
-    small, changed = build(stage(approach=approach), parent, tmp_path / "work" / "int8", context)
+    settings = stage(approach=approach, format="qdq" if product == "MatMul" else "qoperator")
+    small, changed = build(settings, parent, tmp_path / "work" / "int8", context)
     graph.check(small.onnx, like=parent.onnx)
     found = errors(small.onnx, parent.onnx)
     assert set(found) == {name for name, values in matrices(parent.onnx).items() if values.ndim == 2 and values.dtype.kind == "f"}
     for name, (error, step) in found.items():  # tables too: neural-compressor's own would wrap rows that calibration did not read
         assert (error <= step * 0.501).all(), name
-    product = "MatMulInteger" if approach == "dynamic" else "QLinearMatMul"
     assert changed.details["integer_weights"] == {"Gather": 2 if family == "distilbert" else 3, product: 15 if family == "electra" else 14}
     assert changed.details["float_matrices_left"] == 0
     assert distance(parent, small, context) < (0.1 if approach == "dynamic" else 0.2)
@@ -142,3 +146,5 @@ def test_cuda_is_refused_with_the_reason() -> None:
     reason = stage().refuses("cuda")
     assert reason is not None
     assert "no kernel for DynamicQuantizeLinear" in reason
+    assert stage(approach="static").refuses("cuda") is not None
+    assert stage(approach="static", format="qdq").refuses("cuda") is None

@@ -29,7 +29,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _LINES_SHOWN = 12
-_WRITES = {"dynamic": ("DynamicQuantizeLinear", "MatMulInteger"), "static": ("QLinearMatMul",)}
+_WRITES = {
+    "dynamic": ("DynamicQuantizeLinear", "MatMulInteger"),
+    "static": ("QLinearMatMul",),
+    "qdq": ("QuantizeLinear", "DequantizeLinear"),
+}
 _TOUCHED = ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES")  # neural-compressor sets or removes them, and would hide the GPU from later stages
 
 
@@ -48,6 +52,9 @@ class QuantizeInc(Stage):
     approach: Literal["dynamic", "static"] = Field(
         "dynamic", description="Ranges of activations: as they come, or measured on training rows"
     )
+    format: Literal["qoperator", "qdq"] = Field(
+        "qoperator", description="Integer operators, or float ones between QuantizeLinear and DequantizeLinear, for GPUs (static)"
+    )
     samples: int = Field(128, ge=1, description="Training rows to measure ranges on (static)")
     reduce_range: ReduceRange = Field(
         "auto", description='7-bit weights; "auto": only where this CPU has no VNNI and 8 bits would saturate'
@@ -59,7 +66,8 @@ class QuantizeInc(Stage):
 
     def refuses(self, backend: str) -> str | None:
         """Backends without kernels for what it writes, which depends on the approach."""
-        return backends.get(backend).refusal(_WRITES[self.approach])
+        static = self.approach == "static"
+        return backends.get(backend).refusal(_WRITES["qdq" if static and self.format == "qdq" else self.approach])
 
     def unavailable(self) -> tuple[str, str] | None:
         """The optional dependency of the extra ``inc``."""
@@ -86,7 +94,9 @@ class QuantizeInc(Stage):
             raise StageError(
                 f"{self.name}: neural-compressor gave no model. Its last lines:\n    {tail}", remedy="try quantize-dynamic on this model"
             )
-        if self.approach == "static":
+        if self.approach == "static" and self.format == "qdq":
+            _leave_gathered_rows(model)
+        elif self.approach == "static":
             _requantize_tables(model, graph.load(parent.onnx))
         written = graph.save(model, out)
         copy_side_files(parent.path, out)
@@ -100,6 +110,7 @@ class QuantizeInc(Stage):
         set_random_seed(0)
         config = PostTrainingQuantConfig(
             approach=self.approach,
+            quant_format="QDQ" if self.approach == "static" and self.format == "qdq" else "default",
             calibration_sampling_size=[self.samples],
             quant_level=1,  # the configuration as it is: 0 and "auto" start tuning
             tuning_criterion=TuningCriterion(max_trials=1, timeout=0),
@@ -172,6 +183,31 @@ def _requantize_tables(model: onnx.ModelProto, original: onnx.ModelProto) -> Non
             *((part, label) for pair in places for part, label in zip((scale, zero), pair, strict=True)),
         ):
             after[label].CopyFrom(numpy_helper.from_array(np.asarray(content), label))
+
+
+def _leave_gathered_rows(model: onnx.ModelProto) -> None:
+    """Take out QuantizeLinear and DequantizeLinear behind the Gather of a table that is stored in integers, in place.
+
+    They would clip the rows that calibration did not read to the range of those that it did.
+    """
+    makers = {name: node for node in model.graph.node for name in node.output}
+    around = {}
+    for node in model.graph.node:
+        quantize = makers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        gather = makers.get(quantize.input[0]) if quantize is not None and quantize.op_type == "QuantizeLinear" else None
+        table = makers.get(gather.input[0]) if gather is not None and gather.op_type == "Gather" else None
+        if quantize is not None and table is not None and table.op_type == "DequantizeLinear" and table.input[0] not in makers:
+            around[node.output[0]] = quantize.input[0]
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = around.get(name, name)
+    read = {name for node in model.graph.node for name in node.input} | {given.name for given in model.graph.output}
+    for op_type in ("DequantizeLinear", "QuantizeLinear"):
+        for node in [node for node in model.graph.node if node.op_type == op_type and not read.intersection(node.output)]:
+            model.graph.node.remove(node)
+        read = {name for node in model.graph.node for name in node.input} | {given.name for given in model.graph.output}
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in read]:
+        model.graph.initializer.remove(tensor)
 
 
 class _Loader:
