@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-full check docs clean
+.PHONY: help setup run test test-full test-gpu check docs clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,10 +24,13 @@ run: $(READY) ## Run recipes/qdp.yaml on the embedded model and task
 	$(BIN)/onnxsqueeze run recipes/qdp.yaml
 
 test: $(READY) ## The test suite: six minutes on two cores
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest -m "not full and not gpu"
 
 test-full: $(READY) ## Every recipe, and what needs real GLUE (ONNXSQUEEZE_GLUE_DIR), other environments or a browser
 	$(BIN)/python -m pytest -m full
+
+test-gpu: $(READY) ## What needs an NVIDIA GPU; ONNXSQUEEZE_GPU_PYTHON names a Python with onnxruntime-gpu where .venv has none
+	$(BIN)/python -m pytest -m gpu
 
 check: $(READY) ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff format --check .
