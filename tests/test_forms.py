@@ -185,3 +185,14 @@ def test_neural_compressors_graphs_get_the_same_forms(exported: tuple[Artifact, 
     inc, _ = build(QuantizeInc(), parent, tmp_path / "inc", context)
     found = [rewritten(one, tmp_path / f"{one.path.name}-all", NAMES)[1] for one in (inc, int8)]
     assert {name for name, count in found[0].items() if count} == {name for name, count in found[1].items() if count}
+
+
+def test_a_graph_of_an_older_opset_stays_in_it(exported: tuple[Artifact, Artifact, Context], tmp_path: Path) -> None:
+    model = graph.load(exported[0].onnx)
+    next(entry for entry in model.opset_import if not entry.domain).version = 17
+    (tmp_path / "old").mkdir()
+    copy_side_files(exported[0].path, tmp_path / "old")
+    old = graph.save(model, tmp_path / "old")
+    written, counts = rewritten(artifact(old.parent, "onnx"), tmp_path / "all", NAMES)
+    assert (counts["attention-operator"], counts["sequence-first"]) == (0, 2)
+    assert {entry.version for entry in graph.load(written).opset_import if not entry.domain} == {17}

@@ -271,10 +271,12 @@ def _row(
     own, ours = tuple(blocks[peer.name]), tuple(blocks["ours"])
     p50 = nearest_rank(np.concatenate(own), 50)
     ratio = p50 / nearest_rank(np.concatenate(ours), 50)
+    off = np.abs(np.subtract(ready[peer.name]["logits"], ready["fp32"]["logits"])).max()
     interval = None if peer.name == "ours" else ratio_of_medians_interval(own, ours)
     return row | {
         "status": "ok",
-        "version": ready[peer.name]["version"],
+        "version": ready[peer.name]["version"].partition("-")[0],
+        "max_logit_diff_to_fp32": float(off),
         "p50_ms": p50,
         "p90_ms": nearest_rank(np.concatenate(own), 90),
         "n": sum(len(block) for block in own),
@@ -298,15 +300,17 @@ def table(record: dict[str, Any]) -> str:
     for shape in SHAPES:
         rows = [row for row in record["rows"] if (row["batch"], row["tokens"], row["threads"]) == shape]
         lines += ["", f"## batch {shape[0]}, {shape[1]} tokens, {shape[2]} thread{'s' if shape[2] > 1 else ''}", ""]
-        lines += ["| engine | model | version | p50, ms | ÷ ours (95 %) | disturbed |", "| --- | --- | --- | --- | --- | --- |"]
+        lines += ["| engine | model | version | p50, ms | ÷ ours (95 %) | largest logit difference to fp32 | disturbed |"]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
         for row in rows:
             if row["status"] != "ok":
-                lines.append(f"| {row['engine']} | {row['what']} | – | skipped: {row['reason']} | | |")
+                lines.append(f"| {row['engine']} | {row['what']} | – | skipped: {row['reason']} | | | |")
                 continue
             ci = row["ratio_ci95"]
             ratio = "–" if ci is None else f"{row['ratio_to_ours']:.2f} ({ci[0]:.2f}–{ci[1]:.2f})"
             lines.append(
-                f"| {row['engine']} | {row['what']} | {row['version']} | {row['p50_ms']:.2f} | {ratio} | {row['disturbed_blocks']} |"
+                f"| {row['engine']} | {row['what']} | {row['version']} | {row['p50_ms']:.2f} | {ratio} | "
+                f"{row['max_logit_diff_to_fp32']:.3f} | {row['disturbed_blocks']} |"
             )
     return "\n".join(lines) + "\n"
 
