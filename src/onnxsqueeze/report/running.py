@@ -13,9 +13,13 @@ _OPERATORS = 6  # that take the most time; results.json has all
 
 def execution(targets: Sequence[Target]) -> Grid:
     """Per target: nodes per provider, what the session fused, and where the time goes."""
-    rows = [(t.name, _providers(t.proof), _fusions(t.proof), milliseconds(t.proof.total_ms), _times(t.proof)) for t in targets if t.proof]
+    rows = [
+        (t.name, t.runtime or MISSING, _providers(t.proof), _fusions(t.proof), milliseconds(t.proof.total_ms), _times(t.proof))
+        for t in targets
+        if t.proof
+    ]
     return grid(
-        "What ran", "Target|Nodes per provider|Made by the session|#All nodes, ms|Time per operator, the longest first", rows,
+        "What ran", "Target|Runtime|Nodes per provider|Made by the session|#All nodes, ms|Time per operator, the longest first", rows,
         note="From the runtime's own profile, which slows a run; at the shape that decides. Times are means a run.",
     )  # fmt: skip
 
