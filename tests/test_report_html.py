@@ -160,6 +160,11 @@ def numbers_of(results: Results) -> set[str]:
     for target in record["targets"]:
         values += [abs(gate["value"] - gate["limit"]) for gate in target["gates"]]
         values += [w["zeros"] / w["n"] for w in target["weights"]]
+        for latency in [target["latency"], *target["latencies"]] if target["latency"] else []:
+            rate = 1000 * latency["batch"] / latency["p50_ms"]
+            values += [rate, rate / latency["threads"]]
+        times = [one["ms"] for one in target["proof"]["operators"]] if target["proof"] else []
+        values += [time / sum(times) for time in times] + [sum(times[i:]) / sum(times) for i in range(len(times))]
     for stage in [*record["stages"], *(s for t in record["targets"] for s in t["stages"])]:
         minutes, rest = divmod(round(stage["seconds"]), 60)
         texts |= {str(minutes), f"{rest:02}"}
