@@ -33,6 +33,15 @@ class Made:
     problem: SqueezeError | None
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What was measured of one target; ``ran`` holds fields of its record as they are."""
+
+    logits: Logits
+    timed: Sequence[Timed]
+    ran: Mapping[str, Any]
+
+
 class Measurer:
     """Makes the records of one run's targets out of `Measurements`."""
 
@@ -67,22 +76,22 @@ class Measurer:
             except MeasureError as error:
                 failed[subject.name] = error
         timed = measure.latencies([one for one in subjects if one.name not in failed], self.baselines[backend], failed)
-        ran: dict[str, dict[str, Any]] = {}
+        found: dict[str, _Found] = {}
         for subject in (one for one in subjects if one.name not in failed):
             try:
-                ran[subject.name] = {
+                ran = {
                     "runtime": measure.runtime(backend),
                     "proof": measure.proof(subject) if measure.settings.profile else None,
                     "load": measure.load(subject),
                 }
+                found[subject.name] = _Found(logits[subject.name], timed[subject.name], ran)
             except MeasureError as error:
                 failed[subject.name] = error
-        base_name = self.baselines[backend]
         records: list[Target] = []
         base: Target | None = None
         for one in group:
-            record = self._record(one, backend, absent, failed, logits, timed, ran, base, logits.get(base_name), gates)
-            if one.branch.target.name == base_name:
+            record = self._record(one, backend, absent, failed, found, base, gates)
+            if record.baseline:
                 base = record
             records.append(record)
         return records
@@ -93,11 +102,8 @@ class Measurer:
         backend: str,
         absent: tuple[str, str] | None,
         failed: Mapping[str, SqueezeError],
-        logits: Mapping[str, Logits],
-        timed: Mapping[str, Sequence[Timed]],
-        ran: Mapping[str, Mapping[str, Any]],
+        found: Mapping[str, _Found],
         base: Target | None,
-        base_logits: Logits | None,
         gates: Gates,
     ) -> Target:
         target = one.branch.target
@@ -120,9 +126,10 @@ class Measurer:
             return Target(status=status, reason=without_paths(problem.message), remedy=remedy, **facts)
         if absent:
             return Target(status="skipped", reason=without_paths(absent[0]), remedy=without_paths(absent[1]), **facts)
-        metrics = {split.name: evaluate(self.info, logits[name][split.name], _labels(split)) for split in self.dev}
-        shapes = timed[name]
-        versus = self._versus(logits[name], base_logits, shapes[0], facts["size_bytes"], base) if base else None
+        logits, shapes = found[name].logits, found[name].timed
+        metrics = {split.name: evaluate(self.info, logits[split.name], _labels(split)) for split in self.dev}
+        base_logits = found[base.name].logits if base and base.name in found else None
+        versus = self._versus(logits, base_logits, shapes[0], facts["size_bytes"], base) if base else None
         return Target(
             status="ok",
             latency=shapes[0].latency,
@@ -131,7 +138,7 @@ class Measurer:
             vs_baseline=versus,
             gates=_judge(target.gates or gates, versus, self.info.primary, self.dev[0].name) if versus else (),
             extra={"speedups": [timing.speedup(shape) for shape in shapes[1:]]} if versus else {},
-            **ran[name],
+            **found[name].ran,
             **facts,
         )
 
