@@ -15,12 +15,12 @@ from onnxsqueeze.store import Store
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
 
-# What makes a run small: few rows, one epoch, one layer, short measuring.
+# What makes a run small: few rows, one epoch, one layer, short measuring of one shape.
 SMALL = (
     "task.train_rows=256",
     "task.max_length=32",
     "stages.finetune.epochs=1",
-    "measure={sequence: 32, shapes: [], min_runs: 20, min_seconds: 0}",
+    "measure={sequence: 32, shapes: [], min_runs: 20, min_seconds: 0, task_lengths: false, profile: false}",
 )
 
 

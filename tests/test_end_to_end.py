@@ -31,6 +31,8 @@ from onnxsqueeze.tasks.settings import TaskSettings
 from onnxsqueeze.tokens import Encoder, pad
 from runs import Silent, run, small
 
+WHOLE = (*small("qdp"), "measure.task_lengths=true", "measure.profile=true")
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -42,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def qdp(place: Path) -> tuple[Outcome, list[str]]:
-    return run("qdp", place / "qdp", model=place / "model", store=place / "store", overrides=small("qdp"))
+    return run("qdp", place / "qdp", model=place / "model", store=place / "store", overrides=WHOLE)
 
 
 def targets(outcome: Outcome) -> dict[str, Any]:
@@ -169,7 +171,7 @@ def test_no_record_names_a_path_of_this_machine(qdp: tuple[Outcome, list[str]], 
 
 def test_a_second_run_makes_and_measures_nothing(qdp: tuple[Outcome, list[str]], place: Path) -> None:
     before = {f: f.read_bytes() for f in sorted(qdp[0].out.rglob("*.onnx"))}
-    again, lines = run("qdp", place / "qdp", model=place / "model", store=place / "store", overrides=small("qdp"))
+    again, lines = run("qdp", place / "qdp", model=place / "model", store=place / "store", overrides=WHOLE)
     assert not [line for line in lines if line.endswith("…")], lines
     assert {f: f.read_bytes() for f in before} == before
     assert [t.latency for t in again.results.targets] == [t.latency for t in qdp[0].results.targets]
