@@ -137,11 +137,12 @@ def test_without_a_baseline_there_is_a_latency_and_no_verdict(tmp_path: Path) ->
 
 
 def test_a_difference_that_two_sessions_of_one_file_can_have_is_a_tie() -> None:
-    assert verdict(1.01, (1.005, 1.015)) == "tie"
+    assert verdict(1.054, (1.015, 1.12)) == "tie"
+    assert verdict(1.07, (1.05, 1.09)) == "faster"
     assert verdict(1.5, (0.99, 2.0)) == "tie"
     assert verdict(1.5, (1.4, 1.6)) == "faster"
     assert verdict(0.7, (0.65, 0.75)) == "slower"
-    assert verdict(0.99, (0.985, 0.995)) == "tie"
+    assert verdict(0.95, (0.93, 0.97)) == "tie"
 
 
 def test_every_model_runs_one_block_a_round_and_stands_equally_often_in_every_place(tmp_path: Path) -> None:
