@@ -17,7 +17,7 @@ from onnxsqueeze.measure.settings import MeasureSettings, Shape
 from onnxsqueeze.measure.work import FixedWork
 
 
-def _no_progress(done: int, total: int, note: str = "") -> None:  # noqa: ARG001  # a progress has them
+def _no_progress(done: int, total: int, note: str = "") -> None:
     pass
 
 
