@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import pytest
 from onnx import numpy_helper
+from pydantic import ValidationError
 
 from dequantize import errors, matrices
 from exports import build, distance, export
@@ -148,3 +149,8 @@ def test_cuda_is_refused_with_the_reason() -> None:
     assert "no kernel for DynamicQuantizeLinear" in reason
     assert stage(approach="static").refuses("cuda") is not None
     assert stage(approach="static", format="qdq").refuses("cuda") is None
+
+
+def test_qdq_with_ranges_taken_at_run_time_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"format: qdq needs approach: static, got dynamic"):
+        stage(format="qdq")

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from onnxsqueeze import backends, graph
 from onnxsqueeze.artifact import Artifact, copy_side_files
@@ -60,14 +60,19 @@ class QuantizeInc(Stage):
         "auto", description='7-bit weights; "auto": only where this CPU has no VNNI and 8 bits would saturate'
     )
 
+    @model_validator(mode="after")
+    def _format_is_of_static(self) -> QuantizeInc:
+        if self.format == "qdq" and self.approach != "static":
+            raise ValueError(f"format: qdq needs approach: static, got {self.approach}: ranges taken at run time have no such form")
+        return self
+
     def machine_bound(self) -> bool:
         """True where "auto" chose 7 bits for this CPU."""
         return depends_on_machine(self.reduce_range)
 
     def refuses(self, backend: str) -> str | None:
         """Backends without kernels for what it writes, which depends on the approach."""
-        static = self.approach == "static"
-        return backends.get(backend).refusal(_WRITES["qdq" if static and self.format == "qdq" else self.approach])
+        return backends.get(backend).refusal(_WRITES["qdq" if self.format == "qdq" else self.approach])
 
     def unavailable(self) -> tuple[str, str] | None:
         """The optional dependency of the extra ``inc``."""
@@ -94,7 +99,7 @@ class QuantizeInc(Stage):
             raise StageError(
                 f"{self.name}: neural-compressor gave no model. Its last lines:\n    {tail}", remedy="try quantize-dynamic on this model"
             )
-        if self.approach == "static" and self.format == "qdq":
+        if self.format == "qdq":
             _leave_gathered_rows(model)
         elif self.approach == "static":
             _requantize_tables(model, graph.load(parent.onnx))
@@ -110,7 +115,7 @@ class QuantizeInc(Stage):
         set_random_seed(0)
         config = PostTrainingQuantConfig(
             approach=self.approach,
-            quant_format="QDQ" if self.approach == "static" and self.format == "qdq" else "default",
+            quant_format="QDQ" if self.format == "qdq" else "default",
             calibration_sampling_size=[self.samples],
             quant_level=1,  # the configuration as it is: 0 and "auto" start tuning
             tuning_criterion=TuningCriterion(max_trials=1, timeout=0),
