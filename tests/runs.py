@@ -20,7 +20,7 @@ SMALL = (
     "task.train_rows=256",
     "task.max_length=32",
     "stages.finetune.epochs=1",
-    "measure={sequence: 32, shapes: [], min_runs: 20, min_seconds: 0, task_lengths: false, profile: false}",
+    "measure={sequence: 32, shapes: [], processes: 2, min_runs: 20, min_seconds: 0, task_lengths: false, profile: false}",
 )
 
 

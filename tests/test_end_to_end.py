@@ -250,7 +250,7 @@ def test_no_stage_opens_the_dev_file(place: Path, tmp_path: Path) -> None:
             told_before.append(list(watcher.lines))
 
     sys.addaudithook(watch)
-    overrides = ["task.max_length=32", "measure={sequence: 16, shapes: [], min_runs: 20, min_seconds: 0}"]
+    overrides = ["task.max_length=32", "measure={sequence: 16, shapes: [], processes: 2, min_runs: 20, min_seconds: 0}"]
     try:
         _, lines = run(recipe, tmp_path / "out", model=place / "model", store=place / "store", overrides=overrides, watcher=watcher)
     finally:
@@ -339,7 +339,7 @@ def test_other_columns_of_the_same_dev_file_are_measured_anew(place: Path, tmp_p
             tmp_path / "out",
             model=model,
             store=tmp_path / "store",
-            overrides=["task.max_length=32", "measure={sequence: 16, shapes: [], min_runs: 20, min_seconds: 0}"],
+            overrides=["task.max_length=32", "measure={sequence: 16, shapes: [], processes: 2, min_runs: 20, min_seconds: 0}"],
         )
         said.append([line for line in lines if "accuracy on" in line])
     assert [len(lines) for lines in said] == [1, 1]

@@ -15,7 +15,7 @@ from runs import RECIPES, ROOT, SMALL, run
 
 pytestmark = pytest.mark.full
 
-LITTLE = ("task.train_rows=320", "task.max_length=48", "measure={sequence: 32, shapes: [], min_runs: 20, min_seconds: 0}")
+LITTLE = ("task.train_rows=320", "task.max_length=48", "measure={sequence: 32, shapes: [], processes: 2, min_runs: 20, min_seconds: 0}")
 
 
 @pytest.fixture(scope="module")

@@ -196,9 +196,9 @@ def test_nearest_rank_by_hand() -> None:
     assert nearest_rank(np.arange(1.0, 101.0), 90) == 90
 
 
-def test_a_ratio_of_medians_resamples_rounds_not_runs() -> None:
+def test_a_ratio_of_medians_resamples_processes_not_runs() -> None:
     random = np.random.default_rng(6)
-    speeds = random.uniform(1, 2, size=20)  # the machine is up to twice as slow in some rounds, for both
+    speeds = random.uniform(1, 2, size=20)  # the machine is up to twice as slow during some processes, for both
     over = tuple(6.0 * s + random.normal(0, 0.01, 10) for s in speeds)
     under = tuple(3.0 * s + random.normal(0, 0.01, 30) for s in speeds)
     low, high = ratio_of_medians_interval(over, under)
@@ -207,6 +207,20 @@ def test_a_ratio_of_medians_resamples_rounds_not_runs() -> None:
     unpaired = ratio_of_medians_interval(over, under[::-1])
     assert high - low < 0.5 * (unpaired[1] - unpaired[0])
     assert (low, high) == ratio_of_medians_interval(over, under)
+
+
+@pytest.mark.parametrize("processes", [3, 5, 10])
+def test_the_interval_of_a_ratio_holds_the_truth_nineteen_times_in_twenty(processes: int) -> None:
+    """Each process is faster or slower for life, by 2 % as a standard deviation, and its runs by another 1 %."""
+    random = np.random.default_rng(7)
+
+    def runs() -> tuple[Floats, ...]:
+        return tuple(random.normal(random.normal(1.0, 0.02), 0.01, 7) for _ in range(processes))
+
+    intervals = [ratio_of_medians_interval(tuple(1.1 * block for block in runs()), runs()) for _ in range(400)]
+    held = sum(low <= 1.1 <= high for low, high in intervals)
+
+    assert 0.91 <= held / 400 <= 0.99
 
 
 def test_the_median_of_drawn_rounds_is_the_nearest_rank_of_their_runs() -> None:

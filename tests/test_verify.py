@@ -23,7 +23,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of recipes/q.yaml on a random two-layer model."""
     place = tmp_path_factory.mktemp("verify")
     model = random_checkpoint(place / "model", "bert", layers=2, head=False)
-    outcome, _ = run("q", place / "out", model=model, store=place / "store", overrides=[*small("q"), "measure.min_runs=100"])
+    outcome, _ = run(
+        "q", place / "out", model=model, store=place / "store", overrides=[*small("q"), "measure.min_runs=100", "measure.processes=3"]
+    )
     assert outcome.exit_code == 0
     return outcome.out
 

@@ -4,8 +4,8 @@
 
 Makes what it needs below --work: the runs of peers.yaml (`fp32`, `int8` = export + quantize_dynamic, `ours`, which is tuned for each shape), the usual
 advice (onnxruntime.transformers' optimizer, then quantize_dynamic), optimum's avx512_vnni preset, OpenVINO with NNCF's post-training int8, CTranslate2's
-int8, the last two in environments of their own. Every engine runs in a process of its own (engine.py) and idles while another is timed. A block during
-which other processes used more than 5 % of the cores is run again, once; where they did so again, the row says "disturbed".
+int8, the last two in environments of their own. Every engine runs in processes of its own (engine.py), five one after the other, and idles while another
+is timed. A block during which other processes used more than 5 % of the cores is run again, once; where they did so again, the row says "disturbed".
 Writes <out>/peers.json and <out>/peers.md. A peer that cannot be made is a row "skipped" with its reason.
 """
 
@@ -36,7 +36,7 @@ from onnxsqueeze.tasks.toy import toy_rows
 from onnxsqueeze.tokens import Encoder
 
 HERE = Path(__file__).parent
-ROUNDS = 20
+ROUNDS, PROCESSES = 20, 5  # rounds in all; processes that each engine gets, one after the other
 Shape = tuple[int, int, int]  # batch, tokens, threads
 SHAPES: tuple[Shape, ...] = ((1, 128, 1), (1, 32, 1), (8, 128, 2))
 
@@ -229,61 +229,96 @@ class Engine:
 
 
 def race(peers: Sequence[Peer], shape: Shape, seconds: float) -> list[dict[str, Any]]:
-    """One row per peer at one shape; every ratio is of blocks that took turns."""
-    batch, tokens, threads = shape
-    engines = {peer.name: Engine(peer, threads) for peer in peers if peer.model}
-    ready = {name: engine.ask(shape=[batch, tokens]) for name, engine in engines.items()}
-    blocks: dict[str, list[Any]] = {name: [] for name in engines}
-    unrest = {name: {"repeated_blocks": 0, "disturbed_blocks": 0} for name in engines}
-    idle = dict.fromkeys(engines, 0.0)
-    cores = environment.default_threads()
+    """One row per peer at one shape; every ratio is of blocks that took turns, in `PROCESSES` processes of each engine."""
+    runners = [peer for peer in peers if peer.model]
+    found = {peer.name: _Timed() for peer in runners}
+    for process in range(PROCESSES):
+        engines = {peer.name: Engine(peer, shape[2]) for peer in runners}
+        try:
+            for name, engine in engines.items():
+                found[name].start(engine.ask(shape=list(shape[:2])))
+            for round_ in range(-1, ROUNDS // PROCESSES):  # the first round warms up
+                for name in np.random.default_rng((process, round_ + 1)).permutation(list(engines)).tolist():
+                    block = _block(name, engines, seconds)
+                    repeated = round_ >= 0 and block.disturbed
+                    block = _block(name, engines, seconds) if repeated else block
+                    if round_ >= 0:
+                        found[name].add(process, block, repeated=repeated)
+        finally:
+            for engine in engines.values():
+                engine.close()
+    return [_row(peer, shape, found) for peer in peers]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Counted runs, whether others disturbed them, and the CPU seconds of the engines that waited."""
+
+    times_ms: list[float]
+    disturbed: bool
+    waiting_cpu_s: float
+
+
+def _block(name: str, engines: dict[str, Engine], seconds: float) -> _Block:
+    waiting = [engine for other, engine in engines.items() if other != name]
 
     def now() -> Reading | None:
         reading = read()
         return reading and replace(reading, own_s=time.process_time() + sum(engine.cpu_s() for engine in engines.values()))
 
-    for round_ in range(-1, ROUNDS):  # the first round warms up
-        for name in np.random.default_rng(round_ + 1).permutation(list(engines)).tolist():
-            for attempt in range(2):
-                spent = {other: engine.cpu_s() for other, engine in engines.items()}
-                before = now()
-                times = engines[name].ask(runs=5, seconds=seconds)["ms"]
-                disturbed = others_share(before, now(), cores) > OTHERS_SHARE
-                for other, engine in engines.items():
-                    idle[other] += engine.cpu_s() - spent[other] if other != name else 0.0
-                if not disturbed or attempt or round_ < 0:
-                    break
-                unrest[name]["repeated_blocks"] += 1
-            if round_ >= 0:
-                blocks[name].append(np.array(times))
-                unrest[name]["disturbed_blocks"] += disturbed
-    for engine in engines.values():
-        engine.close()
-    return [_row(peer, shape, blocks, ready, idle) | unrest.get(peer.name, {}) for peer in peers]
+    spent, before = sum(engine.cpu_s() for engine in waiting), now()
+    times_ms = engines[name].ask(runs=5, seconds=seconds)["ms"]
+    disturbed = others_share(before, now(), environment.default_threads()) > OTHERS_SHARE
+    return _Block(times_ms, disturbed, sum(engine.cpu_s() for engine in waiting) - spent)
 
 
-def _row(
-    peer: Peer, shape: Shape, blocks: dict[str, list[Any]], ready: dict[str, dict[str, Any]], idle: dict[str, float]
-) -> dict[str, Any]:
+class _Timed:
+    """What is known of one engine: its first answer, and all runs of each of its processes."""
+
+    def __init__(self) -> None:
+        self.ready: list[dict[str, Any]] = []
+        self.by_process: list[list[float]] = [[] for _ in range(PROCESSES)]
+        self.repeated = self.disturbed = 0
+        self.waiting_cpu_s = 0.0
+
+    def start(self, ready: dict[str, Any]) -> None:
+        """A process has answered for the first time."""
+        self.ready.append(ready)
+
+    def add(self, process: int, block: _Block, *, repeated: bool) -> None:
+        """A block that counts."""
+        self.by_process[process] += block.times_ms
+        self.repeated += repeated
+        self.disturbed += block.disturbed
+        self.waiting_cpu_s += block.waiting_cpu_s
+
+    @property
+    def blocks(self) -> tuple[Any, ...]:
+        """All runs, an array per process."""
+        return tuple(np.array(times) for times in self.by_process)
+
+
+def _row(peer: Peer, shape: Shape, found: dict[str, _Timed]) -> dict[str, Any]:
     row: dict[str, Any] = {"engine": peer.name, "what": peer.what, **dict(zip(("batch", "tokens", "threads"), shape, strict=True))}
     if not peer.model:
         return row | {"status": "skipped", "reason": peer.reason}
-    own, ours = tuple(blocks[peer.name]), tuple(blocks["ours"])
-    p50 = nearest_rank(np.concatenate(own), 50)
-    ratio = p50 / nearest_rank(np.concatenate(ours), 50)
-    off = np.abs(np.subtract(ready[peer.name]["logits"], ready["fp32"]["logits"])).max()
-    interval = None if peer.name == "ours" else ratio_of_medians_interval(own, ours)
+    own, ours = found[peer.name], found["ours"]
+    runs = np.concatenate(own.blocks)
+    p50 = nearest_rank(runs, 50)
+    off = np.abs(np.subtract(own.ready[0]["logits"], found["fp32"].ready[0]["logits"])).max()
     return row | {
         "status": "ok",
-        "version": ready[peer.name]["version"].partition("-")[0],
+        "version": own.ready[0]["version"].partition("-")[0],
         "max_logit_diff_to_fp32": float(off),
         "p50_ms": p50,
-        "p90_ms": nearest_rank(np.concatenate(own), 90),
-        "n": sum(len(block) for block in own),
-        "ratio_to_ours": ratio,
-        "ratio_ci95": interval,
-        "load_s": ready[peer.name]["ready"],
-        "cpu_s_while_others_ran": idle[peer.name],
+        "p90_ms": nearest_rank(runs, 90),
+        "n": len(runs),
+        "ratio_to_ours": p50 / nearest_rank(np.concatenate(ours.blocks), 50),
+        "ratio_ci95": None if own is ours else ratio_of_medians_interval(own.blocks, ours.blocks),
+        "load_s": nearest_rank(np.array([ready["ready"] for ready in own.ready]), 50),
+        "cpu_s_that_others_used_meanwhile": own.waiting_cpu_s,
+        "repeated_blocks": own.repeated,
+        "disturbed_blocks": own.disturbed,
     }
 
 
@@ -294,7 +329,8 @@ def table(record: dict[str, Any]) -> str:
         "",
         f"{record['cpu']} ({record['instruction_set']}), {record['date']}; engines took turns. `{record['command']}`",
         "",
-        "Ratios are the peer's median time ÷ ours, with a 95 % interval: above 1 ours is faster. Disturbed counts blocks, of",
+        "Ratios are the peer's median time ÷ ours, with a 95 % interval: above 1 ours is faster. Each engine had",
+        f"{record['processes']} processes one after the other, and the interval knows how far they differ. Disturbed counts blocks, of",
         f"{record['rounds']}, during which other processes used more than 5 % of the cores, again after a second try.",
     ]
     for shape in SHAPES:
@@ -335,6 +371,7 @@ def main() -> None:
         "cores": environment.usable_cores(),
         "versions": environment.versions(environment.TOOLS),
         "rounds": ROUNDS,
+        "processes": PROCESSES,
         "rows": rows,
     }
     asked.out.mkdir(parents=True, exist_ok=True)

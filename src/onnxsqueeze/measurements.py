@@ -271,7 +271,7 @@ class Measurements:
             "threads": work.shape.threads,
             "baseline": base.artifact.digest if base else None,
             "shape": work.shape.model_dump(mode="json"),
-            "settings": self.settings.model_dump(mode="json", include={"min_runs", "min_seconds"}),
+            "settings": self.settings.model_dump(mode="json", include={"processes", "min_runs", "min_seconds"}),
         }
         return causes | (self._rows_causes(self.dev[0]) | {"lengths": "task"} if isinstance(work, TaskWork) else {})
 

@@ -76,7 +76,8 @@ class Latency(_Part):
     first_run_ms: float
     min_ms: float
     max_ms: float
-    warmup: int = Field(description="Runs before the first counted one")
+    processes: int = Field(1, description="How often the model got a new process; load and first run are medians of all but the first")
+    warmup: int = Field(description="Runs before the first counted one of each process")
     steady: bool = Field(description="False where the warm-up ended at its bound")
     valid: bool = Field(default=True, description="False where others disturbed a block to the end, or the times drifted")
     repeated_blocks: int = Field(0, description="Blocks run again because others took more than 5 % of the cores, or waiting models of one")

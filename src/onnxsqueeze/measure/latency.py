@@ -1,29 +1,34 @@
 """Latency of several models beside each other: every ratio is between runs that shared the same seconds.
 
-Each model has a process of its own, in which its runs are timed; while one runs the others wait. For one work, with all open:
+Each model has a process of its own, in which its runs are timed; while one runs the others wait. Where a process gets its memory makes
+it a few per cent faster or slower for as long as it lives, so for one work every model gets a new process several times (5 unless the
+settings say otherwise), and each time, with all open:
 
-    load     each session is made twice; the second time counts, when the file is in memory
-    first    the first run of each session; the memory that its process took at most until then
+    load     the session is made; the record has the median without the first time, when the file may not be in memory
+    first    the first run of each session (median, likewise); the memory that its process took at most until then
     warm-up  windows of runs until the medians of two successive windows differ by at most 3 %, for at most 2 s
-    rounds   20 rounds; in each, every model runs one block. A block begins with one run that is not counted (the model before it left
-             its weights in the caches) and lasts 1/20 of what settings ask for in runs *and* seconds; or it is 40 calls of the task's
-             rows, the same for every model. The order is drawn anew for each cycle and turned by one place each round, so that every
-             model stands equally often in every place.
+    rounds   20 in all, shared out among the processes; in each, every model runs one block. A block begins with one run that is not
+             counted (the model before it left its weights in the caches) and lasts 1/20 of what settings ask for in runs *and* seconds;
+             or it is 40 calls of the task's rows, the same for every model. The order is drawn anew for each cycle and turned by one
+             place each round, so that every model stands equally often in every place.
     quiet    a block in which others took more than 5 % of the cores, or the waiting models more than 5 % of one, is run again, until
              the blocks are three times as many as planned; what is left disturbed then is counted, and makes the latency invalid
-    ratio    median of the baseline ÷ median of the target, with an interval that resamples rounds
+
+    ratio    median of the baseline ÷ median of the target, with an interval that knows how far processes differ
     valid    no block was disturbed, and the medians of the first and of the second ten rounds are within 25 % of each other
-    verdict  faster or slower where the whole interval lies on one side of 1 and the ratio is beyond 6 %; else a tie
+    verdict  faster or slower where the whole interval lies on one side of 1 and the ratio is beyond 2 %; else a tie
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from onnxsqueeze.backends import HERE, Block
 from onnxsqueeze.environment import default_threads
@@ -42,9 +47,7 @@ if TYPE_CHECKING:
 Verdict = Literal["faster", "slower", "tie", "unproven"]
 
 P99_RUNS = 459  # 0.99^459 < 0.01: so many runs have one beyond the 99 % point with 99 % probability
-TIE_RATIO = (
-    1.06  # two processes of one file, each interval on one side of 1, differed by up to 5.7 %: benchmarks/equal_files.py, docs/log.md
-)
+TIE_RATIO = 1.02  # nobody chooses a model for less, proven or not
 DRIFT_RATIO = 1.25  # the medians of the first and the second half of the rounds may differ by this much
 REPEATS = 3  # planned and repeated blocks together are at most this many times the planned ones
 _WINDOW_RUNS, _WINDOW_MS = 5, 50.0
@@ -105,43 +108,34 @@ def measure_latency(
 ) -> dict[str, LatencyResult]:
     """Time all ``candidates`` at one ``work``, interleaved; per name its latency and its ratio to the one named ``baseline``.
 
-    Of ``settings`` only ``min_runs`` and ``min_seconds`` are used, and for a fixed shape alone. Raises MeasureError where a model does
+    Of ``settings`` only ``processes``, ``min_runs`` and ``min_seconds`` are used, the last two for a fixed shape alone. Raises MeasureError where a model does
     not take the shape, Unavailable where a backend does not start.
     """
-    threads = work.shape.threads
-    sessions: dict[str, Timeable] = {}
-    try:
-        for c in candidates:
-            opener(c.backend, c.onnx, threads).close()
-            sessions[c.name] = opener(c.backend, c.onnx, threads)
-            work.hold(c.onnx, sessions[c.name])
-        first_ms = {name: float(session.time(1, 0.0).times_ms[0]) for name, session in sessions.items()}
-        memory = {name: session.memory_bytes() for name, session in sessions.items()}
-        total = len(sessions) * (ROUNDS + 1)
-        warm: dict[str, tuple[int, bool]] = {}
-        for done, (name, session) in enumerate(sessions.items()):
-            progress(done, total, f"warming up {name}")
-            warm[name] = _warm_up(session)
-        samples: dict[str, list[_Measured]] = {name: [] for name in sessions}
-        spare = (REPEATS - 1) * ROUNDS * len(sessions)
-        for done, (round_, name) in enumerate(_order(list(sessions)), start=len(sessions)):
-            progress(done, total, name)
-            run = partial(work.block, sessions[name], round_, settings)
-            block = _block(name, sessions, run, reader)
-            while block.disturbed and spare:
-                spare -= 1
-                block = replace(_block(name, sessions, run, reader), repeats=block.repeats + 1)
-            samples[name].append(block)
-        progress(total, total)
-    finally:
-        for session in sessions.values():
-            session.close()
-    blocks = {name: tuple(block.times_ms for block in found) for name, found in samples.items()}
-    latencies = {
-        name: _latency(blocks[name], work, session.load_s, first_ms[name], *warm[name], _quiet(samples[name]), memory[name])
-        for name, session in sessions.items()
-    }
-    return {name: _result(name, baseline, latencies, blocks) for name in sessions}
+    names = [candidate.name for candidate in candidates]
+    kept = {name: _Kept() for name in names}
+    order = list(_order(names))
+    total = settings.processes * len(names) + len(order)
+    spare, done = (REPEATS - 1) * len(order), 0
+    for process in range(settings.processes):
+        share = order[_first(process, settings) * len(names) : _first(process + 1, settings) * len(names)]
+        with _opened(candidates, work, opener) as sessions:
+            for name, session in sessions.items():
+                kept[name].start(session)
+            for name, session in sessions.items():
+                progress(done, total, f"warming up {name}")
+                kept[name].warm_up(session)
+                done += 1
+            for round_, name in share:
+                progress(done, total, name)
+                run = partial(work.block, sessions[name], round_, settings)
+                block = _block(name, sessions, run, reader)
+                while block.disturbed and spare:
+                    spare -= 1
+                    block = replace(_block(name, sessions, run, reader), repeats=block.repeats + 1)
+                kept[name].blocks.append(block)
+                done += 1
+    progress(total, total)
+    return {name: _result(name, baseline, kept, work) for name in names}
 
 
 def verdict(speedup: float, ci95: tuple[float, float]) -> Verdict:
@@ -151,15 +145,32 @@ def verdict(speedup: float, ci95: tuple[float, float]) -> Verdict:
     return "slower" if ci95[1] < 1 and speedup < 1 / TIE_RATIO else "tie"
 
 
-def _result(name: str, baseline: str | None, latencies: Mapping[str, Latency], blocks: Mapping[str, Blocks]) -> LatencyResult:
+def _first(process: int, settings: MeasureSettings) -> int:
+    """The first round of a process: rounds are shared out as evenly as they can be."""
+    return process * ROUNDS // settings.processes
+
+
+@contextmanager
+def _opened(candidates: Sequence[Candidate], work: Work, opener: Opener) -> Iterator[dict[str, Timeable]]:
+    """A new session of each model, by name, that holds the work."""
+    with ExitStack() as stack:
+        sessions: dict[str, Timeable] = {}
+        for one in candidates:
+            sessions[one.name] = stack.enter_context(closing(opener(one.backend, one.onnx, work.shape.threads)))
+            work.hold(one.onnx, sessions[one.name])
+        yield sessions
+
+
+def _result(name: str, baseline: str | None, kept: Mapping[str, _Kept], work: Work) -> LatencyResult:
     from onnxsqueeze.measure.statistics import ratio_of_medians_interval
 
+    latency, blocks = _latency(kept[name], work), kept[name].times_ms
     if baseline is None or name == baseline:
-        return LatencyResult(latencies[name], None, None, "unproven" if baseline is None else "tie", blocks[name])
-    speedup = latencies[baseline].p50_ms / latencies[name].p50_ms
-    interval = ratio_of_medians_interval(blocks[baseline], blocks[name])
-    proven = latencies[baseline].valid and latencies[name].valid
-    return LatencyResult(latencies[name], speedup, interval, verdict(speedup, interval) if proven else "unproven", blocks[name])
+        return LatencyResult(latency, None, None, "unproven" if baseline is None else "tie", blocks)
+    base = _latency(kept[baseline], work)
+    speedup = base.p50_ms / latency.p50_ms
+    interval = ratio_of_medians_interval(kept[baseline].by_process, kept[name].by_process)
+    return LatencyResult(latency, speedup, interval, verdict(speedup, interval) if base.valid and latency.valid else "unproven", blocks)
 
 
 @dataclass(frozen=True)
@@ -190,32 +201,51 @@ def _block(name: str, sessions: Mapping[str, Timeable], run: Callable[[], Block]
     )
 
 
-def _quiet(blocks: Sequence[_Measured]) -> dict[str, Any]:
-    """What a record says of the quiet: blocks that were run again, blocks that were disturbed all the same, the waiting models' CPU."""
-    known = [block.idle for block in blocks if block.idle is not None]
-    return {
-        "repeated_blocks": sum(block.repeats for block in blocks),
-        "disturbed_blocks": sum(block.disturbed for block in blocks),
-        "idle_cpu_share": round(max(known), 4) if known else None,
-    }
+@dataclass
+class _Kept:
+    """What is known of one model: an element per process, and the blocks, one per round."""
+
+    load_s: list[float] = field(default_factory=list)
+    first_ms: list[float] = field(default_factory=list)
+    memory_bytes: list[int] = field(default_factory=list)
+    warm_ups: list[tuple[int, bool]] = field(default_factory=list)  # runs, whether they became steady
+    blocks: list[_Measured] = field(default_factory=list)
+
+    def start(self, session: Timeable) -> None:
+        """The first run of a process."""
+        self.load_s.append(session.load_s)
+        self.first_ms.append(float(session.time(1, 0.0).times_ms[0]))
+        memory = session.memory_bytes()
+        self.memory_bytes += [] if memory is None else [memory]
+
+    def warm_up(self, session: Timeable) -> None:
+        """The runs before those that count."""
+        self.warm_ups.append(_warm_up(session))
+
+    @property
+    def times_ms(self) -> Blocks:
+        """The counted runs of each round."""
+        return tuple(block.times_ms for block in self.blocks)
+
+    @property
+    def by_process(self) -> Blocks:
+        """The counted runs of each process."""
+        import numpy as np
+
+        processes = len(self.warm_ups)
+        bounds = [process * ROUNDS // processes for process in range(processes + 1)]
+        return tuple(np.concatenate(self.times_ms[i:j]) for i, j in pairwise(bounds))
 
 
-def _latency(
-    blocks: Blocks,
-    work: Work,
-    load_s: float,
-    first_run_ms: float,
-    warmup: int,
-    steady: bool,  # noqa: FBT001  # a fact, not a switch
-    quiet: Mapping[str, Any],
-    memory_bytes: int | None,
-) -> Latency:
+def _latency(kept: _Kept, work: Work) -> Latency:
     import numpy as np
 
     from onnxsqueeze.measure.statistics import nearest_rank
 
-    runs = np.concatenate(blocks)
-    halves = [nearest_rank(np.concatenate(half), 50) for half in (blocks[: ROUNDS // 2], blocks[ROUNDS // 2 :])]
+    runs = np.concatenate(kept.times_ms)
+    halves = [nearest_rank(np.concatenate(half), 50) for half in (kept.times_ms[: ROUNDS // 2], kept.times_ms[ROUNDS // 2 :])]
+    disturbed = sum(block.disturbed for block in kept.blocks)
+    idle = [block.idle for block in kept.blocks if block.idle is not None]
     return Latency(
         p50_ms=nearest_rank(runs, 50),
         p90_ms=nearest_rank(runs, 90),
@@ -225,16 +255,19 @@ def _latency(
         sequence=work.shape.sequence,
         threads=work.shape.threads,
         lengths=work.lengths,
-        load_s=load_s,
-        first_run_ms=first_run_ms,
+        processes=len(kept.warm_ups),
+        load_s=nearest_rank(np.array(kept.load_s[1:] or kept.load_s), 50),
+        first_run_ms=nearest_rank(np.array(kept.first_ms[1:] or kept.first_ms), 50),
         min_ms=float(runs.min()),
         max_ms=float(runs.max()),
-        warmup=warmup,
-        steady=steady,
-        valid=max(halves) <= DRIFT_RATIO * min(halves) and not quiet["disturbed_blocks"],
-        peak_memory_bytes=memory_bytes,
+        warmup=sum(runs for runs, _ in kept.warm_ups),
+        steady=all(steady for _, steady in kept.warm_ups),
+        valid=max(halves) <= DRIFT_RATIO * min(halves) and not disturbed,
+        peak_memory_bytes=max(kept.memory_bytes, default=None),
         date=datetime.now(UTC).date().isoformat(),
-        **quiet,
+        repeated_blocks=sum(block.repeats for block in kept.blocks),
+        disturbed_blocks=disturbed,
+        idle_cpu_share=round(max(idle), 4) if idle else None,
     )
 
 

@@ -67,6 +67,12 @@ class MeasureSettings(BaseModel):
     sweep: Sweep | None = Field(None, description="Further shapes: every combination of its lists")
     load: LoadSettings | None = Field(None, description="Load each target with the task's rows; default: not")
     profile: bool = Field(default=True, description="Record from the runtime's own profile which operators ran where and how long")
+    processes: int = Field(
+        5,
+        ge=2,
+        le=20,
+        description="How often each model gets a new process, which shares out the runs below: processes of one file differ by a few per cent",
+    )
     min_runs: int = Field(100, ge=20, description="Least runs per target and shape")
     min_seconds: float = Field(3.0, ge=0, le=600, description="Least measured time per target and shape")
 

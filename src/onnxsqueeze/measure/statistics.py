@@ -93,14 +93,20 @@ def resampled_correlation(metric: str, labels: Floats, scores: tuple[Floats, ...
 
 
 def ratio_of_medians_interval(over: tuple[Floats, ...], under: tuple[Floats, ...]) -> tuple[float, float]:
-    """The interval of median(``over``) ÷ median(``under``), where element i of both was measured in round i.
+    """The interval of median(``over``) ÷ median(``under``), where element i of both holds the runs of the i-th processes, which shared their seconds.
 
-    Rounds are resampled, not single runs: what disturbs a machine lasts longer than a run, so runs of one round are alike.
+    Processes are resampled, not single runs: runs of one process are alike, and so is what disturbs a machine meanwhile. The standard error
+    of the ratio's logarithm comes from the bootstrap, its reach from Student's t, since processes are few. Source: Efron and
+    Tibshirani, An Introduction to the Bootstrap, 1993, ch. 12.2 and 6 (the factor √(n / (n - 1))).
     """
-    rounds = len(over)
-    random = np.random.default_rng(SEED)
-    drawn = random.multinomial(rounds, np.full(rounds, 1 / rounds), size=RESAMPLES)
-    return percentile_interval(_medians(over, drawn) / _medians(under, drawn))
+    from scipy.stats import t
+
+    n = len(over)
+    drawn = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    spread = float(np.log(_medians(over, drawn) / _medians(under, drawn)).std()) * math.sqrt(n / (n - 1))
+    everything = np.ones((1, n), np.int64)
+    ratio, reach = float((_medians(over, everything) / _medians(under, everything))[0]), math.exp(float(t.ppf(0.975, n - 1)) * spread)
+    return ratio / reach, ratio * reach
 
 
 def nearest_rank(values: Floats, percent: int) -> float:
@@ -157,7 +163,7 @@ def _pearson(x: Floats, y: Floats, counts: Floats) -> Floats:
 
 
 def _medians(blocks: tuple[Floats, ...], drawn: Ints) -> Floats:
-    """The nearest-rank median of all runs per resample of rounds, ``drawn[resamples, rounds]``; [resamples]."""
+    """The nearest-rank median of all runs per resample of blocks, ``drawn[resamples, blocks]``; [resamples]."""
     values = np.concatenate(blocks)
     order = np.argsort(values, kind="stable")
     values, origin = values[order], np.repeat(np.arange(len(blocks)), [len(block) for block in blocks])[order]

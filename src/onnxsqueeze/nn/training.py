@@ -60,11 +60,20 @@ class Outcome:
     resumed_at_epoch: int | None
     restarted: str | None = None
 
+    @property
+    def best_score(self) -> float:
+        """On the selection rows, of the epoch that was kept."""
+        return float(self.history[self.best_epoch - 1]["score"])
+
     def details(self) -> dict[str, Any]:
         """For the record."""
         found = {"history": list(self.history), "best_epoch": self.best_epoch, "precision": self.precision, "device": self.device}
-        again = {"resumed_at_epoch": self.resumed_at_epoch, "restarted": self.restarted}
-        return found | {name: value for name, value in again.items() if value is not None}
+        return found | self.again()
+
+    def again(self) -> dict[str, Any]:
+        """Where it took up, or why it began anew; empty where nothing had interrupted it."""
+        found = {"resumed_at_epoch": self.resumed_at_epoch, "restarted": self.restarted}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def device() -> torch.device:
@@ -185,12 +194,12 @@ def train(
                 summed += number * len(rows)
                 seen += len(rows)
                 context.progress(step + 1, total, f"epoch {epoch}/{settings.epochs}, loss {summed / seen:.3g}")
-            score = _score(context, predict(model, family, selection))
+            reached = score(model, family, selection, context)
             state.add(
                 {
                     "epoch": epoch,
                     "loss": summed / len(examples),
-                    "score": score,
+                    "score": reached,
                     "seconds": time.perf_counter() - started,
                 },
                 model,
@@ -279,15 +288,17 @@ class _State:
         draft.replace(file)
 
 
-def _score(context: Context, logits: NDArray[np.float32]) -> float | None:
-    """The logits' score on the selection rows; None where they, or the metric, are not finite."""
+def score(model: nn.Module, family: Family, selection: Examples, context: Context) -> float | None:
+    """The model's score on the selection rows; None where its logits, or the metric, are not finite. Moves the model to `device`."""
+    place(model)
+    logits = predict(model, family, selection)
     try:
-        score = context.select(logits)
+        found = context.select(logits)
     except MeasureError:
         if np.isfinite(logits).all():
             raise
         return None
-    return score if math.isfinite(score) else None
+    return found if math.isfinite(found) else None
 
 
 def _inputs(family: Family, examples: Examples, rows: list[int]) -> dict[str, Tensor]:
