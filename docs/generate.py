@@ -1,4 +1,4 @@
-"""Write the generated pages of docs/: the command line, the recipe reference and the recipe's JSON schema.
+"""Write the generated pages of docs/ (command line, recipe reference, schemas) and the measured parts of README.md.
 
 `make docs` runs this; a test checks that the pages say what the code says.
 """
@@ -30,6 +30,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 _SHOWN = ROOT / "reports" / "qdp-sst2"  # the measured table of the README's first screen
 _FIRST = ROOT / "reports" / "qdp-toy"  # the record of `make run`
+_PEERS = ROOT / "reports" / "backends" / "peers.json"
 _MADE = "<!-- made by docs/generate.py (`make docs`); do not edit -->\n\n"
 
 
@@ -46,7 +47,7 @@ def pages() -> dict[str, str]:
 
 def _readme(text: str) -> str:
     """README.md with its measured parts drawn from the published records again."""
-    for name, part in (("table", _measured()), ("output", _output())):
+    for name, part in (("table", _measured()), ("output", _output()), ("peers", _peers())):
         begin, end = f"<!-- {name}: made by docs/generate.py from reports/ -->\n", f"<!-- end of {name} -->\n"
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)
@@ -77,6 +78,24 @@ def _measured() -> str:
             cells += ["–", f"{target.latency.p50_ms:.1f} ms", "–", f"{100 * value:.1f}", "–"]
         lines.append("| " + " | ".join(cells) + " |")
     return head + "\n".join(lines) + "\n\n"
+
+
+def _peers() -> str:
+    """How long each other maker's int8 takes beside ours, per shape."""
+    record = json.loads(_PEERS.read_text(encoding="utf-8"))
+    rows = [row for row in record["rows"] if row["status"] == "ok" and row["engine"] != "ours"]
+    shapes = list(dict.fromkeys((row["batch"], row["tokens"], row["threads"]) for row in rows))
+    heads = [f"{batch} × {tokens}, {threads} thread{'s' if threads > 1 else ''}" for batch, tokens, threads in shapes]
+    cells = {(row["engine"], row["batch"], row["tokens"], row["threads"]): _times(row) for row in rows}
+    lines = [f"| its time ÷ ours (95 %) | {' | '.join(heads)} |", f"| --- |{' --- |' * len(heads)}"]
+    for what, engine in dict.fromkeys((row["what"], row["engine"]) for row in rows):
+        lines.append(f"| {what} | {' | '.join(cells.get((engine, *shape), '–') for shape in shapes)} |")
+    return f"{record['cpu']} ({record['instruction_set']}), batch × tokens:\n\n" + "\n".join(lines) + "\n\n"
+
+
+def _times(row: dict[str, Any]) -> str:
+    low, high = row["ratio_ci95"]
+    return f"{row['ratio_to_ours']:.2f} ({low:.2f}–{high:.2f})"
 
 
 def _output() -> str:
