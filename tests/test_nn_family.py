@@ -31,15 +31,6 @@ def test_a_family_names_every_embedding(tmp_path: Path, name: FamilyName) -> Non
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_kept_layers_are_the_chosen_ones_in_order(tmp_path: Path, name: FamilyName) -> None:
-    model, family = checkpoint.load(random_checkpoint(tmp_path, name, layers=4), toy_task())
-    before = list(families.layers(model, family))
-    families.keep_layers(model, family, (1, 3))
-    assert list(families.layers(model, family)) == [before[1], before[3]]
-    assert model.config.num_hidden_layers == 2
-
-
-@pytest.mark.parametrize("name", FAMILIES)
 def test_the_longest_input_runs_and_one_token_more_does_not(tmp_path: Path, name: FamilyName) -> None:
     model, family = checkpoint.load(random_checkpoint(tmp_path, name), toy_task())
     longest = family.max_tokens(model.config)

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from onnxsqueeze.artifact import copy_side_files
 from onnxsqueeze.errors import ModelError
+from onnxsqueeze.nn import structure
 from onnxsqueeze.nn.family import Family, family_of
 from onnxsqueeze.tasks.rows import TaskInfo
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -102,24 +103,12 @@ def load(
             remedy=f"set the task's max_length to {family.max_tokens(config)} or less",
         )
     _describe_outputs(config, task)
-    options = {"attn_implementation": "eager"} if eager_attention else {}
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(new_head_seed or 0)
         try:
-            model, info = getattr(transformers, f"{family.classes}ForSequenceClassification").from_pretrained(
-                folder,
-                config=config,
-                dtype=torch.float32,
-                local_files_only=True,
-                use_safetensors=not pickled,
-                weights_only=True,
-                ignore_mismatched_sizes=new_head_seed is not None,
-                output_loading_info=True,
-                **options,
-            )
+            model, new = _read_model(folder, family, config, pickled=pickled, new_head=new_head_seed is not None, eager=eager_attention)
         except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
             raise ModelError(f"{folder.name}: the weights cannot be loaded: {error}", remedy="download or save the model again") from error
-    new = [*info["missing_keys"], *info["mismatched_keys"]]
     may_be_new = () if new_head_seed is None else tuple(f"{module}." for module in (*family.head, *family.fresh))
     lost = sorted(name for name in new if not name.startswith(may_be_new))
     if lost:
@@ -128,6 +117,41 @@ def load(
             remedy="check that config.json belongs to these weights",
         )
     return model.eval(), family
+
+
+def _read_model(
+    folder: Path, family: Family, config: PretrainedConfig, *, pickled: bool, new_head: bool, eager: bool
+) -> tuple[Any, list[str]]:
+    """The model with the folder's weights, and the names of those that the folder does not have in this shape."""
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+
+    classes = getattr(transformers, f"{family.classes}ForSequenceClassification")
+    options = {"attn_implementation": "eager"} if eager else {}
+    unequal = structure.stated(config)
+    if unequal is None:
+        model, info = classes.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=not pickled,
+            weights_only=True,
+            ignore_mismatched_sizes=new_head,
+            output_loading_info=True,
+            **options,
+        )
+        return model, [*info["missing_keys"], *info["mismatched_keys"]]
+    model = classes._from_config(
+        config, dtype=torch.float32, **options
+    )  # transformers' own reader knows equal layers alone
+    structure.build(model, family, unequal)
+    weights = load_file(folder / WEIGHTS_FILE)
+    wanted = model.state_dict()
+    fitting = {name: tensor for name, tensor in weights.items() if name in wanted and tensor.shape == wanted[name].shape}
+    model.load_state_dict(fitting, strict=False)
+    return model, [name for name in wanted if name not in fitting]
 
 
 def save(model: PreTrainedModel, parent: Path, out: Path, task: TaskInfo) -> None:

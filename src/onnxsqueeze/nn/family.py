@@ -13,7 +13,6 @@ from onnxsqueeze.errors import ModelError, nearest
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
 
 WeightClass = Literal["embedding", "attention", "feed_forward"]
 
@@ -31,6 +30,9 @@ class Family:
     head: tuple[str, ...]  # modules beside the encoder that only a classification checkpoint has
     fresh: tuple[str, ...]  # weights that a plain encoder checkpoint may lack: a pooler
     layers_field: str  # config's name for the number of layers
+    attention_core: str  # inside one layer: the module that splits into heads, and notes in these two attributes …
+    heads_attribute: str  # … how many
+    width_attribute: str  # … and how wide all are together
     attention_dropout: str  # inside one layer: the module that drops attention probabilities
     token_types: bool  # whether it reads token_type_ids
     position_offset: int  # positions that no token uses: RoBERTa counts from padding_idx + 1
@@ -58,6 +60,9 @@ BERT = Family(
     head=("classifier",),
     fresh=("bert.pooler",),
     layers_field="num_hidden_layers",
+    attention_core="attention.self",
+    heads_attribute="num_attention_heads",
+    width_attribute="all_head_size",
     attention_dropout="attention.self.dropout",
     token_types=True,
     position_offset=0,
@@ -72,6 +77,9 @@ DISTILBERT = Family(
     head=("pre_classifier", "classifier"),
     fresh=(),
     layers_field="n_layers",
+    attention_core="attention",
+    heads_attribute="n_heads",
+    width_attribute="dim",
     attention_dropout="attention.dropout",
     token_types=False,
     position_offset=0,
@@ -86,6 +94,9 @@ ROBERTA = Family(
     head=("classifier.dense", "classifier.out_proj"),
     fresh=(),
     layers_field="num_hidden_layers",
+    attention_core="attention.self",
+    heads_attribute="num_attention_heads",
+    width_attribute="all_head_size",
     attention_dropout="attention.self.dropout",
     token_types=False,
     position_offset=2,
@@ -100,6 +111,9 @@ ELECTRA = Family(
     head=("classifier.dense", "classifier.out_proj"),
     fresh=(),
     layers_field="num_hidden_layers",
+    attention_core="attention.self",
+    heads_attribute="num_attention_heads",
+    width_attribute="all_head_size",
     attention_dropout="attention.self.dropout",
     token_types=True,
     position_offset=0,
@@ -126,15 +140,6 @@ def layers(model: nn.Module, family: Family) -> nn.ModuleList:
     """The list of encoder layers of a classification model, first to last; changing it changes the model."""
     found = model.get_submodule(f"{family.encoder}.{family.layers}")
     return cast("nn.ModuleList", found)  # get_submodule promises only a Module
-
-
-def keep_layers(model: PreTrainedModel, family: Family, kept: tuple[int, ...]) -> None:
-    """Drop every encoder layer whose index is not in ``kept``, in the model and in its configuration."""
-    every = layers(model, family)
-    parent, _, name = f"{family.encoder}.{family.layers}".rpartition(".")
-    chosen = type(every)([every[i] for i in kept])
-    setattr(model.get_submodule(parent), name, chosen)
-    setattr(model.config, family.layers_field, len(kept))
 
 
 def without_attention_dropout(model: nn.Module, family: Family) -> None:

@@ -52,7 +52,7 @@ class Distill(TrainingSettings):
         import torch
         from torch import Tensor
 
-        from onnxsqueeze.nn import batches, checkpoint, losses, training
+        from onnxsqueeze.nn import batches, checkpoint, losses, structure, training
         from onnxsqueeze.nn import family as families
         from onnxsqueeze.nn import teacher as teachers
 
@@ -70,7 +70,7 @@ class Distill(TrainingSettings):
         had = len(families.layers(model, family))
         masters = len(families.layers(master, master_family))
         kept = chosen_layers(self.layers, had, self.name)
-        families.keep_layers(model, family, kept)
+        structure.keep_layers(model, family, kept)
         targets = teaching_layers(kept, had, masters)
 
         known = teachers.logits(master, master_family, examples, self.precision, context) if self.alpha_logits > 0 else None
@@ -80,7 +80,8 @@ class Distill(TrainingSettings):
                 torch.manual_seed(context.seed)
                 projections = losses.Projections(len(kept) + 1, model.config.hidden_size, master.config.hidden_size)
         if attentions:
-            _require_equal_heads(self.name, model.config.num_attention_heads, master.config.num_attention_heads)
+            own_heads, its_heads = structure.of(model, family).heads, structure.of(master, master_family).heads
+            _require_equal_heads(self.name, own_heads, tuple(its_heads[i] for i in targets))
             families.without_attention_dropout(model, family)
 
         def loss(batch: training.Batch) -> Tensor:
@@ -149,8 +150,10 @@ def teaching_layers(kept: tuple[int, ...], parent: int, teacher: int) -> tuple[i
     return tuple(-(-(i + 1) * teacher // len(kept)) - 1 for i in range(len(kept)))
 
 
-def _require_equal_heads(name: str, student: int, teacher: int) -> None:
-    if student != teacher:
+def _require_equal_heads(name: str, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
+    off = next((i for i, (own, its) in enumerate(zip(student, teacher, strict=True)) if own != its), None)
+    if off is not None:
         raise StageError(
-            f"{name}: alpha_attention: the student has {student} heads a layer and the teacher {teacher}", remedy="set alpha_attention to 0"
+            f"{name}: alpha_attention: layer {off} of the student has {student[off]} heads, the one that teaches it {teacher[off]}",
+            remedy="set alpha_attention to 0",
         )
