@@ -11,7 +11,8 @@ from transformers import AutoModelForSequenceClassification
 
 from models import FAMILIES, FamilyName, random_checkpoint, run_stage, toy_context
 from onnxsqueeze.errors import StageError
-from onnxsqueeze.stages.distill import Distill, chosen_layers, teaching_layers
+from onnxsqueeze.nn.distillation import teaching_layers
+from onnxsqueeze.stages.distill import Distill, chosen_layers
 
 QUICK = Distill(layers=1, epochs=1, batch_size=16, alpha_attention=0.5)
 BARELY = {"epochs": 1, "batch_size": 64, "learning_rate": 1e-7, "precision": "fp32"}
@@ -125,7 +126,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_attention_of_unequal_heads_is_refused(tmp_path: Path) -> None:
     teacher = random_checkpoint(tmp_path / "teacher", "bert", heads=4)
     parent = random_checkpoint(tmp_path / "parent", "bert", heads=2)
-    with pytest.raises(StageError, match="the student has 2 heads a layer and the teacher 4"):
+    with pytest.raises(StageError, match="layer 0 of the student has 2 heads, the one that teaches it 4"):
         run_stage(QUICK, parent, tmp_path, teacher=teacher)
 
 

@@ -143,9 +143,7 @@ def _read_model(
             **options,
         )
         return model, [*info["missing_keys"], *info["mismatched_keys"]]
-    model = classes._from_config(
-        config, dtype=torch.float32, **options
-    )  # transformers' own reader knows equal layers alone
+    model = classes._from_config(config, dtype=torch.float32, **options)  # transformers' own reader knows equal layers alone
     structure.build(model, family, unequal)
     weights = load_file(folder / WEIGHTS_FILE)
     wanted = model.state_dict()

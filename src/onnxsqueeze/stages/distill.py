@@ -49,62 +49,31 @@ class Distill(TrainingSettings):
 
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:
         """Write the best epoch's student; counts the tensors that differ from the parent's or are gone."""
-        import torch
-        from torch import Tensor
-
-        from onnxsqueeze.nn import batches, checkpoint, losses, structure, training
+        from onnxsqueeze.nn import batches, checkpoint, distillation, structure, training
         from onnxsqueeze.nn import family as families
-        from onnxsqueeze.nn import teacher as teachers
 
         if teacher is None:
             raise StageError(
                 f"{self.name}: has no teacher", remedy="put a finetune stage before it, or start from a model with a trained head"
             )
-        task, regression = context.task, context.task.kind == "regression"
-        attentions, states = self.alpha_attention > 0, self.alpha_hidden > 0
-        beside = attentions or states  # the teacher runs in every step; else its kept logits are enough
-
-        model, family = checkpoint.load(parent.path, task, eager_attention=attentions)
+        task = context.task
+        model, family = checkpoint.load(parent.path, task, eager_attention=self.alpha_attention > 0)
         examples = batches.encode(parent.path, context.train.rows, task.max_length)
-        master, master_family = teachers.load(teacher.path, parent.path, context, eager_attention=attentions)
         had = len(families.layers(model, family))
-        masters = len(families.layers(master, master_family))
         kept = chosen_layers(self.layers, had, self.name)
         structure.keep_layers(model, family, kept)
-        targets = teaching_layers(kept, had, masters)
-
-        known = teachers.logits(master, master_family, examples, self.precision, context) if self.alpha_logits > 0 else None
-        projections: losses.Projections | None = None
-        if states and model.config.hidden_size != master.config.hidden_size:
-            with torch.random.fork_rng():
-                torch.manual_seed(context.seed)
-                projections = losses.Projections(len(kept) + 1, model.config.hidden_size, master.config.hidden_size)
-        if attentions:
-            own_heads, its_heads = structure.of(model, family).heads, structure.of(master, master_family).heads
-            _require_equal_heads(self.name, own_heads, tuple(its_heads[i] for i in targets))
-            families.without_attention_dropout(model, family)
-
-        def loss(batch: training.Batch) -> Tensor:
-            own = model(**batch.inputs, output_hidden_states=states, output_attentions=attentions)
-            total = self.alpha_task * losses.task(own.logits, batch.labels, regression=regression)
-            if known is not None:
-                softened = losses.logits(own.logits, known[batch.index], temperature=self.temperature, regression=regression)
-                total = total + self.alpha_logits * softened
-            if beside:
-                with torch.no_grad():
-                    inputs = {name: batch.inputs[name] for name in master_family.inputs()}
-                    other = master(**inputs, output_hidden_states=states, output_attentions=attentions)
-                mask = batch.inputs["attention_mask"]
-            if states:
-                mine = own.hidden_states if projections is None else projections(own.hidden_states)
-                theirs = [other.hidden_states[0], *(other.hidden_states[i + 1] for i in targets)]  # 0: the embeddings' output
-                pairs = [losses.hidden(a, b, mask) for a, b in zip(mine, theirs, strict=True)]
-                total = total + self.alpha_hidden * torch.stack(pairs).mean()
-            if attentions:
-                pairs = [losses.attention(a, other.attentions[i], mask) for a, i in zip(own.attentions, targets, strict=True)]
-                total = total + self.alpha_attention * torch.stack(pairs).mean()
-            return total
-
+        lessons = distillation.Distillation(
+            distillation.Weights(self.alpha_task, self.alpha_logits, self.alpha_hidden, self.alpha_attention, self.temperature),
+            model,
+            family,
+            examples,
+            context,
+            precision=self.precision,
+            parent=parent.path,
+            teacher_folder=teacher.path,
+            kept=kept,
+            of=had,
+        )
         outcome = training.train(
             model,
             family,
@@ -112,8 +81,8 @@ class Distill(TrainingSettings):
             context,
             examples=examples,
             selection=batches.encode(parent.path, context.selection.rows, task.max_length),
-            loss=loss,
-            companion=projections,
+            loss=lessons.loss,
+            companion=lessons.companion,
         )
         checkpoint.save(model, parent.path, out, task)
         details = {**outcome.details(), "layers": len(kept), "layers_before": had, "kept": list(kept)}
@@ -141,19 +110,3 @@ def _unfit_layers(wanted: int | tuple[int, ...], available: int) -> str | None:
         fits = bool(wanted) and list(wanted) == sorted(set(wanted)) and wanted[0] >= 0 and wanted[-1] < available
         rule = f"rising indices from 0 to {available - 1}, the model's last layer"
     return None if fits else f"layers: must be {rule}, got {wanted if isinstance(wanted, int) else list(wanted)}"
-
-
-def teaching_layers(kept: tuple[int, ...], parent: int, teacher: int) -> tuple[int, ...]:
-    """Which of ``teacher`` layers each student layer learns from: the very one it was where the parent was as deep, else even parts."""
-    if teacher == parent:
-        return kept
-    return tuple(-(-(i + 1) * teacher // len(kept)) - 1 for i in range(len(kept)))
-
-
-def _require_equal_heads(name: str, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
-    off = next((i for i, (own, its) in enumerate(zip(student, teacher, strict=True)) if own != its), None)
-    if off is not None:
-        raise StageError(
-            f"{name}: alpha_attention: layer {off} of the student has {student[off]} heads, the one that teaches it {teacher[off]}",
-            remedy="set alpha_attention to 0",
-        )

@@ -46,13 +46,10 @@ class PruneWeights(TrainingSettings):
 
         Raises StageError where the parent is already sparser, or the written file misses the sparsity.
         """
-        from torch import Tensor
-
-        from onnxsqueeze.nn import batches, checkpoint, losses, masks, training
+        from onnxsqueeze.nn import batches, checkpoint, distillation, masks, training
         from onnxsqueeze.nn import family as families
-        from onnxsqueeze.nn import teacher as teachers
 
-        task, regression = context.task, context.task.kind == "regression"
+        task = context.task
         model, family = checkpoint.load(parent.path, task)
         names = list(families.linear_weights(model, family)) + (list(families.embedding_weights(model, family)) if self.embeddings else [])
         pruned = masks.MagnitudeMasks(model, names, self.scope)
@@ -64,23 +61,20 @@ class PruneWeights(TrainingSettings):
             )
 
         examples = batches.encode(parent.path, context.train.rows, task.max_length)
-        known = None
-        if teacher is not None and self.alpha_logits > 0:
-            master, master_family = teachers.load(teacher.path, parent.path, context)
-            known = teachers.logits(master, master_family, examples, self.precision, context)
-            del master
+        lessons = distillation.Distillation(
+            distillation.Weights(self.alpha_task, self.alpha_logits, temperature=self.temperature),
+            model,
+            family,
+            examples,
+            context,
+            precision=self.precision,
+            parent=parent.path,
+            teacher_folder=teacher.path if teacher and self.alpha_logits > 0 else None,
+        )
         total = math.ceil(len(examples) / self.batch_size) * self.epochs
         last = max(1, math.floor(total * (1 - self.recovery)))
         first = min(math.ceil(total * self.warmup), last - 1)
         schedule = masks.cubic_schedule(before, self.sparsity, first, last)
-
-        def loss(batch: training.Batch) -> Tensor:
-            own = model(**batch.inputs).logits
-            against_labels = losses.task(own, batch.labels, regression=regression)
-            if known is None:
-                return against_labels
-            softened = losses.logits(own, known[batch.index], temperature=self.temperature, regression=regression)
-            return self.alpha_task * against_labels + self.alpha_logits * softened
 
         def after_step(done: int) -> None:
             if done in schedule:
@@ -94,7 +88,7 @@ class PruneWeights(TrainingSettings):
             context,
             examples=examples,
             selection=batches.encode(parent.path, context.selection.rows, task.max_length),
-            loss=loss,
+            loss=lessons.loss,
             companion=pruned,
             after_step=after_step,
             first_epoch_to_keep=math.ceil(last * self.epochs / total),
@@ -106,5 +100,5 @@ class PruneWeights(TrainingSettings):
                 f"{self.name}: {zeros / weights:.2%} of the written weights are zero, not {self.sparsity:.2%}",
                 remedy="report this as a bug",
             )
-        details = {**outcome.details(), "weights": weights, "zeros": zeros, "sparsity": zeros / weights, "with_teacher": known is not None}
+        details = {**outcome.details(), "weights": weights, "zeros": zeros, "sparsity": zeros / weights, "with_teacher": lessons.taught}
         return Changed(zeros - zeros_before, "weights", details)

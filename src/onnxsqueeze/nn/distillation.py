@@ -1,0 +1,125 @@
+"""The loss of a student beside its teacher: labels, logits, hidden states and attention, each with its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from onnxsqueeze.errors import StageError
+from onnxsqueeze.nn import family as families
+from onnxsqueeze.nn import losses, structure, teacher, training
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from onnxsqueeze.nn.batches import Examples
+    from onnxsqueeze.nn.family import Family
+    from onnxsqueeze.nn.precision import Precision
+    from onnxsqueeze.stage import Context
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of each loss; 0 leaves it out. ``temperature`` softens logits."""
+
+    task: float
+    logits: float = 0.0
+    hidden: float = 0.0
+    attention: float = 0.0
+    temperature: float = 1.0
+
+
+class Distillation:
+    """What one student is trained on. ``companion`` are the projections that are trained beside it, or None.
+
+    ``teacher`` and ``parent`` are folders (the parent's tokenizer reads the rows); without a teacher the loss is the task's alone.
+    The student's layers were those with the indices ``kept`` ``of`` so many. Logits of the teacher are computed
+    once, its hidden states and attention beside the student in every step. Raises StageError where heads do not fit for the attention's loss.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        model: PreTrainedModel,
+        family: Family,
+        examples: Examples,
+        context: Context,
+        *,
+        precision: Precision,
+        parent: Path,
+        teacher_folder: Path | None,
+        kept: Sequence[int] = (),
+        of: int = 0,
+    ) -> None:
+        self._weights = weights if teacher_folder else Weights(task=1.0)
+        self._model, self._regression = model, context.task.kind == "regression"
+        self.companion: losses.Projections | None = None
+        self._known: Tensor | None = None
+        self._master: PreTrainedModel | None = None
+        if teacher_folder is None:
+            return
+        attentions = weights.attention > 0
+        master, master_family = teacher.load(teacher_folder, parent, context, eager_attention=attentions)
+        self._teaching = teaching_layers(kept, of, len(families.layers(master, master_family)))
+        if weights.logits > 0:
+            self._known = teacher.logits(master, master_family, examples, precision, context)
+        if weights.hidden > 0 and model.config.hidden_size != master.config.hidden_size:
+            with torch.random.fork_rng():
+                torch.manual_seed(context.seed)
+                self.companion = losses.Projections(len(self._teaching) + 1, model.config.hidden_size, master.config.hidden_size)
+        if attentions:
+            _require_equal_heads(structure.of(model, family).heads, structure.of(master, master_family).heads, self._teaching)
+            families.without_attention_dropout(model, family)
+        if attentions or weights.hidden > 0:  # else its kept logits are enough
+            self._master, self._inputs = master, master_family.inputs()
+
+    @property
+    def taught(self) -> bool:
+        """Whether a teacher has a part in it."""
+        return self._known is not None or self._master is not None
+
+    def loss(self, batch: training.Batch) -> Tensor:
+        """The weighted sum for one batch; runs the student, and the teacher where its layers teach."""
+        weights, states, attentions = self._weights, self._weights.hidden > 0, self._weights.attention > 0
+        own = self._model(**batch.inputs, output_hidden_states=states, output_attentions=attentions)
+        total = weights.task * losses.task(own.logits, batch.labels, regression=self._regression)
+        if self._known is not None:
+            known = self._known[batch.index]
+            total = total + weights.logits * losses.logits(own.logits, known, temperature=weights.temperature, regression=self._regression)
+        if self._master is None:
+            return total
+        with torch.no_grad():
+            inputs = {name: batch.inputs[name] for name in self._inputs}
+            other = self._master(**inputs, output_hidden_states=states, output_attentions=attentions)
+        mask = batch.inputs["attention_mask"]
+        if states:
+            mine = own.hidden_states if self.companion is None else self.companion(own.hidden_states)
+            theirs = [other.hidden_states[0], *(other.hidden_states[i + 1] for i in self._teaching)]  # 0: the embeddings' output
+            pairs = [losses.hidden(a, b, mask) for a, b in zip(mine, theirs, strict=True)]
+            total = total + weights.hidden * torch.stack(pairs).mean()
+        if attentions:
+            pairs = [losses.attention(a, other.attentions[i], mask) for a, i in zip(own.attentions, self._teaching, strict=True)]
+            total = total + weights.attention * torch.stack(pairs).mean()
+        return total
+
+
+def teaching_layers(kept: Sequence[int], parent: int, teacher: int) -> tuple[int, ...]:
+    """Which of ``teacher`` layers each student layer learns from: the very one it was where the parent was as deep, else even parts."""
+    if teacher == parent:
+        return tuple(kept)
+    return tuple(-(-(i + 1) * teacher // len(kept)) - 1 for i in range(len(kept)))
+
+
+def _require_equal_heads(student: tuple[int, ...], teacher: tuple[int, ...], teaching: tuple[int, ...]) -> None:
+    off = next((i for i, j in enumerate(teaching) if student[i] != teacher[j]), None)
+    if off is not None:
+        raise StageError(
+            f"alpha_attention: layer {off} of the student has {student[off]} heads, the one that teaches it {teacher[teaching[off]]}",
+            remedy="set alpha_attention to 0",
+        )
