@@ -43,7 +43,7 @@ class Export(Stage):
             model, _ = checkpoint.load(parent.path, context.task)
             with tempfile.TemporaryDirectory(dir=out) as scratch:
                 rough = Path(scratch) / MODEL_FILE
-                _export(model, rough, self.opset)
+                write(model, rough, self.opset)
                 written = graph.save(graph.load(rough), out)
         copy_side_files(parent.path, out)
         found = graph.operators(written)
@@ -51,7 +51,8 @@ class Export(Stage):
         return Changed(sum(found.values()), "nodes", details)
 
 
-def _export(model: Any, target: Path, opset: int) -> None:
+def write(model: Any, target: Path, opset: int) -> None:
+    """Write ``target`` by optimum's exporter; nothing is compared."""
     from optimum.exporters.onnx import export
     from optimum.exporters.tasks import TasksManager
 

@@ -1,0 +1,93 @@
+"""What whole layers and hidden units are worth, asked of some training rows before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from onnxsqueeze.nn import losses, training
+from onnxsqueeze.nn.batches import Examples, by_length
+from onnxsqueeze.nn.family import Family, layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_BATCH = 32
+
+
+class Asked:
+    """Rows that a model is asked about; ``loss`` is the task's, mean over all of them."""
+
+    def __init__(self, model: PreTrainedModel, family: Family, examples: Examples, *, regression: bool) -> None:
+        self._model, self._family, self._examples, self._regression = model, family, examples, regression
+        self._labels = torch.tensor(examples.labels, device=training.device())
+        self._batches = by_length([len(row) for row in examples.encoded], _BATCH)
+        training.place(model)
+
+    def losses(self) -> Iterator[tuple[Tensor, float]]:
+        """The loss of each batch, and its share of the rows."""
+        for rows in self._batches:
+            logits = self._model(**training.inputs(self._family, self._examples, rows)).logits
+            yield losses.task(logits, self._labels[rows], regression=self._regression), len(rows) / len(self._examples)
+
+    def loss(self) -> float:
+        """Over all rows, without gradients."""
+        with torch.no_grad():
+            return float(sum(float(value) * share for value, share in self.losses()))
+
+
+def layers_to_keep(model: PreTrainedModel, family: Family, asked: Asked, count: int) -> tuple[int, ...]:
+    """Indices of ``count`` layers: again and again the one goes without which the loss is least.
+
+    Source: Peer et al. 2022, "Greedy-layer pruning", algorithm 1.
+    """
+    kept = tuple(range(len(layers(model, family))))
+    while len(kept) > count:
+        without = [tuple(i for i in kept if i != gone) for gone in kept]
+        kept = min(without, key=lambda some: _loss_with(model, family, asked, some))
+    return kept
+
+
+def _loss_with(model: PreTrainedModel, family: Family, asked: Asked, kept: Sequence[int]) -> float:
+    parent, _, name = f"{family.encoder}.{family.layers}".rpartition(".")
+    every = layers(model, family)
+    setattr(model.get_submodule(parent), name, nn.ModuleList([every[i] for i in kept]))
+    try:
+        return asked.loss()
+    finally:
+        setattr(model.get_submodule(parent), name, every)
+
+
+def hidden_units(model: PreTrainedModel, asked: Asked) -> Tensor:
+    """The importance of each hidden unit, ``[hidden]``: the mean of (∂ loss / ∂ factor)², where one factor stands on a unit behind every norm.
+
+    Source: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", equation 8 with gates.
+    """
+    width = int(model.config.hidden_size)
+    found = torch.zeros(width)
+    with _gated(model, width) as factor:
+        for value, share in asked.losses():
+            (gradient,) = torch.autograd.grad(value, factor)
+            found += share * gradient.cpu().square()
+    return found
+
+
+@contextmanager
+def _gated(model: PreTrainedModel, width: int) -> Iterator[Tensor]:
+    """A factor of ones, ``[width]``, on the output of every norm of this width."""
+    factor = torch.ones(width, device=training.device(), requires_grad=True)
+
+    def gate(_: nn.Module, given: tuple[Any, ...], output: Tensor) -> Tensor:  # noqa: ARG001, a hook's arguments
+        return output * factor
+
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm) and module.normalized_shape == (width,)]
+    hooks = [norm.register_forward_hook(gate) for norm in norms]
+    try:
+        yield factor
+    finally:
+        for hook in hooks:
+            hook.remove()
