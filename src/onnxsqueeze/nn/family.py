@@ -41,6 +41,11 @@ class Family:
         """Names of the model's inputs, in the order of its ONNX export."""
         return ("input_ids", "attention_mask", "token_type_ids") if self.token_types else ("input_ids", "attention_mask")
 
+    @property
+    def words(self) -> str:
+        """Where the table of words lives."""
+        return f"{self.encoder}.embeddings.word_embeddings"
+
     def max_tokens(self, config: Any) -> int:
         """The longest input, special tokens included, that has positions. ``config``: config.json's mapping, or transformers' object."""
         positions = config["max_position_embeddings"] if isinstance(config, Mapping) else config.max_position_embeddings
@@ -149,12 +154,15 @@ def without_attention_dropout(model: nn.Module, family: Family) -> None:
 
 
 def linear_weights(model: nn.Module, family: Family) -> dict[str, WeightClass]:
-    """Name (as in ``state_dict``) → class of every weight matrix of the encoder layers, first layer first."""
+    """Name (as in ``state_dict``) → class of every weight matrix of the encoder layers, first layer first; of factors both."""
     names: dict[str, WeightClass] = {}
-    for i in range(len(layers(model, family))):
-        stem = f"{family.encoder}.{family.layers}.{i}"
-        names.update({f"{stem}.{path}.weight": "attention" for path in family.attention})
-        names.update({f"{stem}.{path}.weight": "feed_forward" for path in family.feed_forward})
+    kinds: tuple[tuple[WeightClass, tuple[str, ...]], ...] = (("attention", family.attention), ("feed_forward", family.feed_forward))
+    for i, layer in enumerate(layers(model, family)):
+        for kind, paths in kinds:
+            for path in paths:
+                stem = f"{family.encoder}.{family.layers}.{i}.{path}"
+                inside = layer.get_submodule(path).named_parameters()
+                names.update({f"{stem}.{name}": kind for name, parameter in inside if parameter.dim() > 1})
     return names
 
 

@@ -1,15 +1,17 @@
-"""Layers of unequal shape: how many heads and neurons each has. transformers' classes know one number for all layers; this knows the others.
+"""Layers of unequal shape: how many heads and neurons each has, and which matrices are factored.
 
-A checkpoint of unequal layers is the same state dict with smaller matrices, and in its config.json
-``"onnxsqueeze": {"head_size": 32, "heads": [12, 7, …], "neurons": [1536, 640, …]}``, one element a layer.
+transformers' classes know one shape for all layers; this knows the others. A checkpoint of unequal layers is the same state dict with other matrices,
+and in its config.json, one element a layer (the last two only where something is factored):
+
+    "onnxsqueeze": {"head_size": 32, "heads": [12, 7, …], "neurons": [1536, 640, …], "ranks": [{"output.dense": 64}, {}, …], "vocabulary_rank": 128}
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, overload
 
 from onnxsqueeze.errors import ModelError
 from onnxsqueeze.nn.family import Family, layers
@@ -18,24 +20,45 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from onnxsqueeze.nn.factors import FactoredLinear
+
+    Matrix = nn.Linear | FactoredLinear
+
 CONFIG_FIELD = "onnxsqueeze"
 
 
 @dataclass(frozen=True)
 class Structure:
-    """``heads`` and ``neurons`` hold one element a layer; a head is ``head_size`` units wide in query, key and value."""
+    """``heads`` and ``neurons`` hold one element a layer; a head is ``head_size`` units wide in query, key and value.
+
+    ``ranks`` holds, per layer, the rank of each matrix that is two factors, by its path in the layer; ``vocabulary_rank`` that of the table of words.
+    """
 
     head_size: int
     heads: tuple[int, ...]
     neurons: tuple[int, ...]
+    ranks: tuple[Mapping[str, int], ...] = ()
+    vocabulary_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.ranks:
+            object.__setattr__(self, "ranks", tuple({} for _ in self.heads))
 
     def to_json(self) -> dict[str, Any]:
         """For config.json."""
-        return {"head_size": self.head_size, "heads": list(self.heads), "neurons": list(self.neurons)}
+        found: dict[str, Any] = {"head_size": self.head_size, "heads": list(self.heads), "neurons": list(self.neurons)}
+        if any(self.ranks):
+            found["ranks"] = [dict(ranks) for ranks in self.ranks]
+        return found if self.vocabulary_rank is None else found | {"vocabulary_rank": self.vocabulary_rank}
 
     def of_layers(self, kept: Sequence[int]) -> Structure:
         """The same, of the layers with these indices."""
-        return replace(self, heads=tuple(self.heads[i] for i in kept), neurons=tuple(self.neurons[i] for i in kept))
+        return replace(
+            self,
+            heads=tuple(self.heads[i] for i in kept),
+            neurons=tuple(self.neurons[i] for i in kept),
+            ranks=tuple(self.ranks[i] for i in kept),
+        )
 
 
 def stated(config: PretrainedConfig) -> Structure | None:
@@ -46,47 +69,62 @@ def stated(config: PretrainedConfig) -> Structure | None:
     found = getattr(config, CONFIG_FIELD, None)
     if found is None:
         return None
+    remedy = "take config.json and weights from the same folder"
     try:
-        structure = Structure(int(found["head_size"]), tuple(map(int, found["heads"])), tuple(map(int, found["neurons"])))
-    except (KeyError, TypeError, ValueError) as error:
+        rank = found.get("vocabulary_rank")
+        structure = Structure(
+            int(found["head_size"]),
+            tuple(map(int, found["heads"])),
+            tuple(map(int, found["neurons"])),
+            tuple({str(path): int(n) for path, n in ranks.items()} for ranks in found.get("ranks") or [{} for _ in found["heads"]]),
+            None if rank is None else int(rank),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(
-            f'config.json: {CONFIG_FIELD}: must be {{"head_size": n, "heads": [n, …], "neurons": [n, …]}}, got {found!r}',
-            remedy="take config.json and weights from the same folder",
+            f'config.json: {CONFIG_FIELD}: must be {{"head_size": n, "heads": [n, …], "neurons": [n, …], "ranks": [{{…}}, …]}}, got {found!r}',
+            remedy=remedy,
         ) from error
     deep = int(config.num_hidden_layers)
-    if not len(structure.heads) == len(structure.neurons) == deep or min(structure.head_size, *structure.heads, *structure.neurons) < 1:
-        raise ModelError(
-            f"config.json: {CONFIG_FIELD}: must hold one number ≥ 1 for each of {deep} layers, got {found!r}",
-            remedy="take config.json and weights from the same folder",
-        )
+    numbers = (structure.head_size, *structure.heads, *structure.neurons, *(n for ranks in structure.ranks for n in ranks.values()))
+    if not len(structure.heads) == len(structure.neurons) == len(structure.ranks) == deep or min(numbers) < 1:
+        raise ModelError(f"config.json: {CONFIG_FIELD}: must hold one number ≥ 1 for each of {deep} layers, got {found!r}", remedy=remedy)
     return structure
 
 
 def of(model: nn.Module, family: Family) -> Structure:
     """The structure that a model has."""
-    heads, neurons, size = [], [], 1
+    from onnxsqueeze.nn.factors import FactoredEmbedding, FactoredLinear
+
+    heads, neurons, ranks, size = [], [], [], 1
     for layer in layers(model, family):
-        attention = layer.get_submodule(family.attention_core)
-        count = int(getattr(attention, family.heads_attribute))
+        count = int(getattr(layer.get_submodule(family.attention_core), family.heads_attribute))
         heads.append(count)
-        size = _linear(layer, family.attention[0]).out_features // count
-        neurons.append(_linear(layer, family.feed_forward[0]).out_features)
-    return Structure(size, tuple(heads), tuple(neurons))
+        size = matrix(layer, family.attention[0]).out_features // count
+        neurons.append(matrix(layer, family.feed_forward[0]).out_features)
+        found = ((path, matrix(layer, path)) for path in (*family.attention, *family.feed_forward))
+        ranks.append({path: module.rank for path, module in found if isinstance(module, FactoredLinear)})
+    words = model.get_submodule(family.words)
+    return Structure(size, tuple(heads), tuple(neurons), tuple(ranks), words.rank if isinstance(words, FactoredEmbedding) else None)
 
 
 def build(model: PreTrainedModel, family: Family, structure: Structure) -> None:
     """Give a freshly made model layers of these shapes; their weights are new and have no meaning until a state dict is loaded."""
     from torch import nn
 
-    for layer, heads, neurons in zip(layers(model, family), structure.heads, structure.neurons, strict=True):
-        inner = heads * structure.head_size
-        for path in family.attention[:3]:
-            _set(layer, path, nn.Linear(_linear(layer, path).in_features, inner))
-        _set(layer, family.attention[3], nn.Linear(inner, _linear(layer, family.attention[3]).out_features))
+    from onnxsqueeze.nn.factors import FactoredEmbedding, FactoredLinear
+
+    for layer, heads, neurons, ranks in zip(layers(model, family), structure.heads, structure.neurons, structure.ranks, strict=True):
+        inner, width = heads * structure.head_size, matrix(layer, family.attention[0]).in_features
         into, out = family.feed_forward
-        _set(layer, into, nn.Linear(_linear(layer, into).in_features, neurons))
-        _set(layer, out, nn.Linear(neurons, _linear(layer, out).out_features))
+        shapes = dict.fromkeys(family.attention[:3], (width, inner))
+        shapes |= {family.attention[3]: (inner, width), into: (width, neurons), out: (neurons, width)}
+        for path, (before, after) in shapes.items():
+            replace_module(layer, path, FactoredLinear(before, after, ranks[path]) if path in ranks else nn.Linear(before, after))
         _tell(layer, family, heads, structure.head_size)
+    if structure.vocabulary_rank is not None:
+        words = cast("nn.Embedding", model.get_submodule(family.words))
+        table = FactoredEmbedding(words.num_embeddings, words.embedding_dim, structure.vocabulary_rank, words.padding_idx)
+        replace_module(model, family.words, table)
     note(model, structure)
 
 
@@ -98,14 +136,14 @@ def shrink(model: PreTrainedModel, family: Family, heads: Sequence[Sequence[int]
     for layer, kept_heads, kept_neurons in zip(layers(model, family), heads, neurons, strict=True):
         units = torch.tensor([head * had.head_size + i for head in kept_heads for i in range(had.head_size)])
         for path in family.attention[:3]:
-            _set(layer, path, _outputs(_linear(layer, path), units))
-        _set(layer, family.attention[3], _inputs(_linear(layer, family.attention[3]), units))
+            replace_module(layer, path, _outputs(matrix(layer, path), units))
+        replace_module(layer, family.attention[3], _inputs(matrix(layer, family.attention[3]), units))
         rows = torch.tensor(list(kept_neurons))
         into, out = family.feed_forward
-        _set(layer, into, _outputs(_linear(layer, into), rows))
-        _set(layer, out, _inputs(_linear(layer, out), rows))
+        replace_module(layer, into, _outputs(matrix(layer, into), rows))
+        replace_module(layer, out, _inputs(matrix(layer, out), rows))
         _tell(layer, family, len(kept_heads), had.head_size)
-    note(model, Structure(had.head_size, tuple(map(len, heads)), tuple(map(len, neurons))))
+    note(model, of(model, family))
 
 
 def narrow(model: PreTrainedModel, family: Family, kept: Sequence[int]) -> None:
@@ -116,27 +154,37 @@ def narrow(model: PreTrainedModel, family: Family, kept: Sequence[int]) -> None:
     import torch
     from torch import nn
 
-    had, structure = int(model.config.hidden_size), of(model, family)
+    from onnxsqueeze.nn.factors import FactoredEmbedding, FactoredLinear
+
+    had = int(model.config.hidden_size)
     units = torch.tensor(list(kept))
-    inner = {id(_linear(layer, path)): "out" for layer in layers(model, family) for path in (*family.attention[:3], family.feed_forward[0])}
-    inner |= {id(_linear(layer, path)): "in" for layer in layers(model, family) for path in (family.attention[3], family.feed_forward[1])}
+    inner = {id(matrix(layer, path)): "out" for layer in layers(model, family) for path in (*family.attention[:3], family.feed_forward[0])}
+    inner |= {id(matrix(layer, path)): "in" for layer in layers(model, family) for path in (family.attention[3], family.feed_forward[1])}
+    whole: list[str] = []  # what is done with all that it holds
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Embedding) and module.embedding_dim == had:
-            _set(model, name, _columns(module, units))
+        if any(name.startswith(f"{done}.") for done in whole):
+            continue
+        if isinstance(module, FactoredEmbedding):
+            whole.append(name)
+            if module.up.out_features == had:
+                module.up = _outputs(module.up, units)
+        elif isinstance(module, nn.Embedding) and module.embedding_dim == had:
+            replace_module(model, name, _columns(module, units))
         elif isinstance(module, nn.LayerNorm) and module.normalized_shape == (had,):
-            _set(model, name, _norm(module, units))
-        elif isinstance(module, nn.Linear):
+            replace_module(model, name, _norm(module, units))
+        elif isinstance(module, nn.Linear | FactoredLinear):
+            whole.append(name)
             left = module.in_features == had and inner.get(id(module)) != "in"
             right = module.out_features == had and inner.get(id(module)) != "out" and name != family.head[-1]  # whose outputs are classes
             found = _inputs(module, units) if left else module
-            _set(model, name, _outputs(found, units) if right else found)
+            replace_module(model, name, _outputs(found, units) if right else found)
     for field in ("hidden_size", "dim", "embedding_size"):
         if getattr(model.config, field, None) == had:
             setattr(model.config, field, len(units))
     model.config.num_attention_heads = math.gcd(
         len(units), model.config.num_attention_heads
     )  # transformers' classes insist that it divides
-    note(model, structure)
+    note(model, of(model, family))
 
 
 def keep_layers(model: PreTrainedModel, family: Family, kept: Sequence[int]) -> None:
@@ -162,21 +210,43 @@ def _tell(layer: nn.Module, family: Family, heads: int, size: int) -> None:
     core.attention_head_size = size  # type: ignore[assignment]  # a number, which a Module may hold
 
 
-def _linear(layer: nn.Module, path: str) -> nn.Linear:
-    return cast("nn.Linear", layer.get_submodule(path))
+def matrix(layer: nn.Module, path: str) -> Matrix:
+    """A layer's linear module, whole or in factors."""
+    return cast("Matrix", layer.get_submodule(path))
 
 
-def _set(root: nn.Module, path: str, module: nn.Module) -> None:
+def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put ``module`` where ``path`` leads."""
     parent, _, name = path.rpartition(".")
     setattr(root.get_submodule(parent), name, module)
 
 
-def _outputs(old: nn.Linear, kept: Tensor) -> nn.Linear:
-    return _like(old, old.weight[kept], None if old.bias is None else old.bias[kept])
+@overload
+def _outputs(old: nn.Linear, kept: Tensor) -> nn.Linear: ...
+@overload
+def _outputs(old: Matrix, kept: Tensor) -> Matrix: ...
+def _outputs(old: Matrix, kept: Tensor) -> Matrix:
+    """``old`` with these of its outputs."""
+    from torch import nn
+
+    if isinstance(old, nn.Linear):
+        return _like(old, old.weight[kept], None if old.bias is None else old.bias[kept])
+    old.up = _outputs(old.up, kept)
+    return old
 
 
-def _inputs(old: nn.Linear, kept: Tensor) -> nn.Linear:
-    return _like(old, old.weight[:, kept], old.bias)
+@overload
+def _inputs(old: nn.Linear, kept: Tensor) -> nn.Linear: ...
+@overload
+def _inputs(old: Matrix, kept: Tensor) -> Matrix: ...
+def _inputs(old: Matrix, kept: Tensor) -> Matrix:
+    """``old`` with these of its inputs."""
+    from torch import nn
+
+    if isinstance(old, nn.Linear):
+        return _like(old, old.weight[:, kept], old.bias)
+    old.down = _inputs(old.down, kept)
+    return old
 
 
 def _like(old: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:

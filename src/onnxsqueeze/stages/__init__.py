@@ -8,6 +8,7 @@ from pydantic import Field
 
 from onnxsqueeze.stages.distill import Distill
 from onnxsqueeze.stages.export import Export
+from onnxsqueeze.stages.factorize import Factorize
 from onnxsqueeze.stages.finetune import Finetune
 from onnxsqueeze.stages.float16 import Float16
 from onnxsqueeze.stages.optimize_graph import OptimizeGraph
@@ -37,6 +38,7 @@ __all__ = [
     "AnyStage",
     "Distill",
     "Export",
+    "Factorize",
     "Finetune",
     "Float16",
     "OptimizeGraph",
