@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from onnxsqueeze.nn.masks import MagnitudeMasks, Scope, cubic_schedule
+from onnxsqueeze.nn.masks import Curve, Masks, schedule
 
 NAMES = ["0.weight", "1.weight"]
 
@@ -24,7 +24,7 @@ def two_layers() -> nn.Sequential:
 def test_the_smallest_weights_go_and_as_many_as_asked(sparsity: float) -> None:
     model = two_layers()
     every = torch.cat([model.get_parameter(n).detach().flatten().clone() for n in NAMES])
-    masks = MagnitudeMasks(model, NAMES, "global")
+    masks = Masks(model, [NAMES])
     masks.update(sparsity)
     masks.apply_()
     left = torch.cat([model.get_parameter(n).detach().flatten() for n in NAMES])
@@ -34,22 +34,21 @@ def test_the_smallest_weights_go_and_as_many_as_asked(sparsity: float) -> None:
     assert torch.equal(every[left != 0], left[left != 0])
 
 
-def test_global_scope_spares_the_matrix_with_large_weights_and_layer_scope_does_not() -> None:
+def test_compared_with_all_a_matrix_with_large_weights_is_spared_and_by_itself_it_is_not() -> None:
     shares = {}
-    scope: Scope
-    for scope in ("global", "layer"):
+    for scope, groups in (("global", [NAMES]), ("uniform", [[name] for name in NAMES])):
         model = two_layers()
-        masks = MagnitudeMasks(model, NAMES, scope)
+        masks = Masks(model, groups)
         masks.update(0.5)
         masks.apply_()
         shares[scope] = [float((model.get_parameter(n) == 0).float().mean()) for n in NAMES]
-    assert shares["layer"] == [0.5, 0.5]
+    assert shares["uniform"] == [0.5, 0.5]
     assert shares["global"][0] > 0.8 > 0.2 > shares["global"][1]
 
 
 def test_a_pruned_weight_never_comes_back() -> None:
     model = two_layers()
-    masks = MagnitudeMasks(model, NAMES, "global")
+    masks = Masks(model, [NAMES])
     masks.update(0.3)
     masks.apply_()
     first = model.get_parameter("0.weight")
@@ -64,24 +63,75 @@ def test_a_pruned_weight_never_comes_back() -> None:
 
 
 def test_masks_travel_in_the_state_dict() -> None:
-    first = MagnitudeMasks(two_layers(), NAMES, "layer")
+    first = Masks(two_layers(), [[name] for name in NAMES])
     first.update(0.7)
-    second = MagnitudeMasks(two_layers(), NAMES, "layer")
+    second = Masks(two_layers(), [[name] for name in NAMES])
     second.load_state_dict(first.state_dict())
     assert second.zeros() == first.zeros() == 280
 
 
-def test_the_schedule_is_cubic() -> None:
-    schedule = cubic_schedule(0.0, 0.8, 10, 50)
-    assert schedule[30] == pytest.approx(0.8 * (1 - 0.5**3))
-    assert schedule[50] == 0.8
-    assert min(schedule) > 10
+def test_movement_keeps_what_training_moves_away_from_zero() -> None:
+    """By hand: weights with gradients of known sign; the sum of -weight · gradient over two steps decides, and sizes do not."""
+    model = nn.Sequential(nn.Linear(4, 1, bias=False))
+    weight = model.get_parameter("0.weight")
+    with torch.no_grad():
+        weight.copy_(torch.tensor([[0.1, 0.1, -3.0, -3.0]]))
+    masks = Masks(model, [["0.weight"]], "movement")
+    for gradient in ([[-1.0, 1.0, 0.5, -0.5]], [[-1.0, 0.0, -0.1, 0.1]]):
+        weight.grad = torch.tensor(gradient)
+        masks.watch()
+    torch.testing.assert_close(masks.get_buffer("score0"), torch.tensor([[0.2, -0.1, 1.2, -1.2]]))
+    masks.update(0.5)
+    assert masks.get_buffer("mask0").tolist() == [[True, False, True, False]]
+    masks.update(0.75)
+    assert masks.get_buffer("mask0").tolist() == [[False, False, True, False]]
 
 
-@given(st.floats(0, 0.5), st.floats(0.51, 0.99), st.integers(0, 300), st.integers(1, 3000))
-def test_the_schedule_only_rises_ends_where_asked_and_has_few_updates(start: float, end: float, first: int, ramp: int) -> None:
-    schedule = cubic_schedule(start, end, first, first + ramp)
-    steps, values = list(schedule), list(schedule.values())
+@given(st.floats(0, 0.5), st.sampled_from([(2, 4), (1, 4), (4, 8), (1, 2)]))
+def test_of_every_row_of_m_only_n_stay_and_rows_are_thinned_whole(share: float, pattern: tuple[int, int]) -> None:
+    n, m = pattern
+    model = nn.Sequential(nn.Linear(16, 12), nn.Linear(24, 4))
+    names = ["0.weight", "1.weight"]
+    masks = Masks(model, [names], pattern=pattern)
+    goal = share / 0.5 * (1 - n / m)
+    masks.update(goal / 2)  # on the way
+    masks.update(goal)
+    masks.apply_()
+    counts = torch.cat([(model.get_parameter(name) != 0).reshape(-1, m).sum(1) for name in names])
+
+    assert set(counts.tolist()) <= {n, m}
+    assert masks.zeros() / masks.total() == pytest.approx(goal, abs=1 / len(counts))
+    first = model.get_parameter("0.weight").detach().abs().reshape(-1, m)
+    thinned = first[(first != 0).sum(1) == n]
+    assert (thinned != 0).sum() == n * len(thinned)
+
+
+def test_a_pattern_keeps_the_largest_of_each_row() -> None:
+    model = nn.Sequential(nn.Linear(8, 1, bias=False))
+    with torch.no_grad():
+        model.get_parameter("0.weight").copy_(torch.tensor([[1.0, -4.0, 3.0, 2.0, 0.4, 0.1, -0.2, 0.3]]))
+    masks = Masks(model, [["0.weight"]], pattern=(2, 4))
+    masks.update(0.25)
+    assert masks.get_buffer("mask0").tolist() == [[True] * 4 + [True, False, False, True]], "the row that loses least goes first"
+    masks.update(0.5)
+    assert masks.get_buffer("mask0").tolist() == [[False, True, True, False, True, False, False, True]]
+
+
+def test_the_schedule_is_cubic_or_linear_or_all_at_once() -> None:
+    rising = schedule("cubic", 0.0, 0.8, 10, 50)
+    assert rising[30] == pytest.approx(0.8 * (1 - 0.5**3))
+    assert rising[50] == 0.8
+    assert min(rising) > 10
+    assert schedule("linear", 0.2, 0.8, 10, 50)[30] == pytest.approx(0.5)
+    assert schedule("once", 0.0, 0.8, 10, 50) == {50: 0.8}
+
+
+@given(st.sampled_from(["cubic", "linear"]), st.floats(0, 0.5), st.floats(0.51, 0.99), st.integers(0, 300), st.integers(1, 3000))
+def test_the_schedule_only_rises_ends_where_asked_and_has_few_updates(
+    curve: Curve, start: float, end: float, first: int, ramp: int
+) -> None:
+    found = schedule(curve, start, end, first, first + ramp)
+    steps, values = list(found), list(found.values())
     assert steps == sorted(steps)
     assert values == sorted(values)
     assert steps[-1] == first + ramp

@@ -136,7 +136,7 @@ def train(
     """Minimise ``loss``, which runs the model itself; leave in ``model`` the weights of the epoch that scored best on the selection rows.
 
     ``companion`` is trained and checkpointed beside the model and not part of the result (projections, masks). ``after_step`` gets the
-    number of finished steps. Epochs count from 1; those before ``first_epoch_to_keep`` are never kept. Ties go to the earlier epoch.
+    number of finished steps, and finds the step's gradients. Epochs count from 1; those before ``first_epoch_to_keep`` are never kept. Ties go to the earlier epoch.
     Resumes at the last finished epoch found in ``context.checkpoint``; a saved state that cannot be read is deleted and training starts anew.
 
     Raises StageError when the loss is no longer finite, or when no epoch that may be kept has a score.
@@ -188,9 +188,9 @@ def train(
                 value.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_([*model.parameters(), *companion.parameters()], _CLIP)
                 optimizer.step()
-                optimizer.zero_grad()
                 if after_step:
                     after_step(step + 1)
+                optimizer.zero_grad()
                 summed += number * len(rows)
                 seen += len(rows)
                 context.progress(step + 1, total, f"epoch {epoch}/{settings.epochs}, loss {summed / seen:.3g}")

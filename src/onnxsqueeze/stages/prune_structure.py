@@ -262,7 +262,7 @@ class _Chooser:
             limit = stage.budget.of(full)
             stage._require_possible(shape, costs, limit)
             last = max(1, math.floor(total * (1 - stage.recovery)))
-            schedule = masks.cubic_schedule(0.0, 1.0, min(math.ceil(total * stage.warmup), last - 1), last)
+            schedule = masks.schedule("cubic", 0.0, 1.0, min(math.ceil(total * stage.warmup), last - 1), last)
         kinds = {"taylor": gates.Gates, "magnitude": gates.MagnitudeGates}
         masked = (
             gates.LearnedGates(model, family, costs, stage.learning_rate)
