@@ -18,6 +18,7 @@ from onnxsqueeze.stages.quantize_dynamic import QuantizeDynamic
 from onnxsqueeze.stages.quantize_inc import QuantizeInc
 from onnxsqueeze.stages.quantize_static import QuantizeStatic
 from onnxsqueeze.stages.quantize_weights import QuantizeWeights
+from onnxsqueeze.stages.train_quantized import TrainQuantized
 
 AnyStage = Annotated[
     Finetune
@@ -48,4 +49,5 @@ __all__ = [
     "QuantizeInc",
     "QuantizeStatic",
     "QuantizeWeights",
+    "TrainQuantized",
 ]

@@ -1,0 +1,76 @@
+"""train-quantized: trains on with numbers rounded as the int8 file will round them (quantization-aware training)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from onnxsqueeze.artifact import Artifact
+from onnxsqueeze.nn.settings import TrainingSettings
+from onnxsqueeze.stage import Changed, Context
+from onnxsqueeze.stages.int8 import ReduceRange, depends_on_machine, seven_bits
+
+
+class TrainQuantized(TrainingSettings):
+    """Trains all weights under fake quantization for `quantize-dynamic`, beside the teacher; gives a checkpoint in float.
+
+    The stages behind it must be export and quantize-dynamic with the same ``per_channel`` and ``reduce_range``, or training saw another grid.
+    Activations get the range that each row has when it comes alone: the file is meant for one row a call. Source: `onnxsqueeze.nn.fake`.
+    """
+
+    kind: Literal["train-quantized"] = "train-quantized"
+    teacher: str | None = Field(
+        None, description="Id of the stage above whose result teaches, or 'model'; default: the last finetune above"
+    )
+    per_channel: bool = Field(
+        default=True, description="As in quantize-dynamic: one scale per output of a weight matrix, else one per matrix"
+    )
+    reduce_range: ReduceRange = Field("auto", description="As in quantize-dynamic")
+    temperature: float = Field(2.0, gt=0, description="Softens the logits of teacher and student")
+    alpha_task: float = Field(0.5, ge=0, description="Weight of the loss against the labels, where there is a teacher")
+    alpha_logits: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's logits, where there is a teacher")
+    alpha_hidden: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's hidden states, where there is a teacher")
+
+    def machine_bound(self) -> bool:
+        """True where it is trained in bf16, or "auto" chose 7 bits for this CPU."""
+        return super().machine_bound() or depends_on_machine(self.reduce_range)
+
+    def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:
+        """Write the epoch that scores best when it is rounded; counts the tensors that differ from the parent's."""
+        from onnxsqueeze.nn import batches, checkpoint, distillation, training
+        from onnxsqueeze.nn import family as families
+        from onnxsqueeze.nn.fake import FakeQuantized
+
+        task = context.task
+        model, family = checkpoint.load(parent.path, task)
+        examples, selection = (batches.encode(parent.path, rows.rows, task.max_length) for rows in (context.train, context.selection))
+        deep, seven = len(families.layers(model, family)), seven_bits(self.reduce_range)
+        lessons = distillation.Distillation(
+            distillation.Weights(self.alpha_task, self.alpha_logits, self.alpha_hidden, temperature=self.temperature),
+            model,
+            family,
+            examples,
+            context,
+            precision=self.precision,
+            parent=parent.path,
+            teacher_folder=teacher.path if teacher else None,
+            kept=range(deep),
+            of=deep,
+        )
+        in_float = training.score(model, family, selection, context)
+        with FakeQuantized(model, per_channel=self.per_channel, bits=7 if seven else 8):
+            untrained = training.score(model, family, selection, context)
+            outcome = training.train(
+                model, family, self, context, examples=examples, selection=selection, loss=lessons.loss, companion=lessons.companion
+            )
+        checkpoint.save(model, parent.path, out, task)
+        details = {
+            **outcome.details(),
+            "score_in_float_before": in_float,
+            "score_rounded_before": untrained,
+            "seven_bits": seven,
+            "with_teacher": lessons.taught,
+        }
+        return Changed(checkpoint.changed_tensors(parent.path, out), "tensors", details)
