@@ -146,7 +146,7 @@ def _read_model(
     model = classes._from_config(config, dtype=torch.float32, **options)  # transformers' own reader knows equal layers alone
     structure.build(model, family, unequal)
     weights = load_file(folder / WEIGHTS_FILE)
-    wanted = model.state_dict()
+    wanted = structure.own_state(model)
     fitting = {name: tensor for name, tensor in weights.items() if name in wanted and tensor.shape == wanted[name].shape}
     model.load_state_dict(fitting, strict=False)
     return model, [name for name in wanted if name not in fitting]
@@ -160,7 +160,7 @@ def save(model: PreTrainedModel, parent: Path, out: Path, task: TaskInfo) -> Non
     config = {key: value for key, value in model.config.to_diff_dict().items() if not key.startswith("_")}
     config["architectures"] = [type(model).__name__]
     (out / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in structure.own_state(model).items()}
     save_file(tensors, out / WEIGHTS_FILE, metadata={"format": "pt"})
     copy_side_files(parent, out)
 

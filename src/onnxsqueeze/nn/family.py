@@ -154,10 +154,14 @@ def without_attention_dropout(model: nn.Module, family: Family) -> None:
 
 
 def linear_weights(model: nn.Module, family: Family) -> dict[str, WeightClass]:
-    """Name (as in ``state_dict``) → class of every weight matrix of the encoder layers, first layer first; of factors both."""
+    """Name (as in ``state_dict``) → class of every weight matrix of the encoder layers, first layer first; of factors both, of shared layers the first."""
     names: dict[str, WeightClass] = {}
+    seen: set[int] = set()
     kinds: tuple[tuple[WeightClass, tuple[str, ...]], ...] = (("attention", family.attention), ("feed_forward", family.feed_forward))
     for i, layer in enumerate(layers(model, family)):
+        if id(layer) in seen:
+            continue
+        seen.add(id(layer))
         for kind, paths in kinds:
             for path in paths:
                 stem = f"{family.encoder}.{family.layers}.{i}.{path}"

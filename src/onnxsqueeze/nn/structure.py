@@ -1,9 +1,10 @@
 """Layers of unequal shape: how many heads and neurons each has, and which matrices are factored.
 
 transformers' classes know one shape for all layers; this knows the others. A checkpoint of unequal layers is the same state dict with other matrices,
-and in its config.json, one element a layer (the last two only where something is factored):
+and in its config.json, one element a layer (the last three only where something is factored or shared):
 
-    "onnxsqueeze": {"head_size": 32, "heads": [12, 7, …], "neurons": [1536, 640, …], "ranks": [{"output.dense": 64}, {}, …], "vocabulary_rank": 128}
+    "onnxsqueeze": {"head_size": 32, "heads": [12, 7, …], "neurons": [1536, 640, …],
+                    "ranks": [{"output.dense": 64}, {}, …], "vocabulary_rank": 128, "shared": [0, 0, 2, …]}
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Structure:
     """``heads`` and ``neurons`` hold one element a layer; a head is ``head_size`` units wide in query, key and value.
 
     ``ranks`` holds, per layer, the rank of each matrix that is two factors, by its path in the layer; ``vocabulary_rank`` that of the table of words.
+    ``shared`` holds, per layer, the index of the first layer that is the very same module: its own, where it shares nothing before it.
     """
 
     head_size: int
@@ -39,17 +41,27 @@ class Structure:
     neurons: tuple[int, ...]
     ranks: tuple[Mapping[str, int], ...] = ()
     vocabulary_rank: int | None = None
+    shared: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.ranks:
             object.__setattr__(self, "ranks", tuple({} for _ in self.heads))
+        if not self.shared:
+            object.__setattr__(self, "shared", tuple(range(len(self.heads))))
 
     def to_json(self) -> dict[str, Any]:
         """For config.json."""
         found: dict[str, Any] = {"head_size": self.head_size, "heads": list(self.heads), "neurons": list(self.neurons)}
         if any(self.ranks):
             found["ranks"] = [dict(ranks) for ranks in self.ranks]
-        return found if self.vocabulary_rank is None else found | {"vocabulary_rank": self.vocabulary_rank}
+        if self.vocabulary_rank is not None:
+            found["vocabulary_rank"] = self.vocabulary_rank
+        return found | {"shared": list(self.shared)} if self.shares else found
+
+    @property
+    def shares(self) -> bool:
+        """Whether a layer stands in more than one place."""
+        return self.shared != tuple(range(len(self.heads)))
 
     def of_layers(self, kept: Sequence[int]) -> Structure:
         """The same, of the layers with these indices."""
@@ -58,6 +70,7 @@ class Structure:
             heads=tuple(self.heads[i] for i in kept),
             neurons=tuple(self.neurons[i] for i in kept),
             ranks=tuple(self.ranks[i] for i in kept),
+            shared=tuple(next(j for j, other in enumerate(kept) if self.shared[other] == self.shared[i]) for i in kept),
         )
 
 
@@ -78,6 +91,7 @@ def stated(config: PretrainedConfig) -> Structure | None:
             tuple(map(int, found["neurons"])),
             tuple({str(path): int(n) for path, n in ranks.items()} for ranks in found.get("ranks") or [{} for _ in found["heads"]]),
             None if rank is None else int(rank),
+            tuple(map(int, found.get("shared") or ())),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(
@@ -86,7 +100,9 @@ def stated(config: PretrainedConfig) -> Structure | None:
         ) from error
     deep = int(config.num_hidden_layers)
     numbers = (structure.head_size, *structure.heads, *structure.neurons, *(n for ranks in structure.ranks for n in ranks.values()))
-    if not len(structure.heads) == len(structure.neurons) == len(structure.ranks) == deep or min(numbers) < 1:
+    lengths = {len(structure.heads), len(structure.neurons), len(structure.ranks), len(structure.shared), deep}
+    forward = any(first > i or structure.shared[first] != first for i, first in enumerate(structure.shared) if first < deep)
+    if len(lengths) > 1 or min(numbers) < 1 or min(structure.shared) < 0 or forward:
         raise ModelError(f"config.json: {CONFIG_FIELD}: must hold one number ≥ 1 for each of {deep} layers, got {found!r}", remedy=remedy)
     return structure
 
@@ -104,7 +120,10 @@ def of(model: nn.Module, family: Family) -> Structure:
         found = ((path, matrix(layer, path)) for path in (*family.attention, *family.feed_forward))
         ranks.append({path: module.rank for path, module in found if isinstance(module, FactoredLinear)})
     words = model.get_submodule(family.words)
-    return Structure(size, tuple(heads), tuple(neurons), tuple(ranks), words.rank if isinstance(words, FactoredEmbedding) else None)
+    first: dict[int, int] = {}
+    shared = tuple(first.setdefault(id(layer), i) for i, layer in enumerate(layers(model, family)))
+    rank = words.rank if isinstance(words, FactoredEmbedding) else None
+    return Structure(size, tuple(heads), tuple(neurons), tuple(ranks), rank, shared)
 
 
 def build(model: PreTrainedModel, family: Family, structure: Structure) -> None:
@@ -121,6 +140,7 @@ def build(model: PreTrainedModel, family: Family, structure: Structure) -> None:
         for path, (before, after) in shapes.items():
             replace_module(layer, path, FactoredLinear(before, after, ranks[path]) if path in ranks else nn.Linear(before, after))
         _tell(layer, family, heads, structure.head_size)
+    share(model, family, structure.shared)
     if structure.vocabulary_rank is not None:
         words = cast("nn.Embedding", model.get_submodule(family.words))
         table = FactoredEmbedding(words.num_embeddings, words.embedding_dim, structure.vocabulary_rank, words.padding_idx)
@@ -128,11 +148,32 @@ def build(model: PreTrainedModel, family: Family, structure: Structure) -> None:
     note(model, structure)
 
 
+def share(model: PreTrainedModel, family: Family, shared: Sequence[int]) -> None:
+    """Put the very same layer into several places: into place i the one that stands in place ``shared[i]``; note it in the configuration."""
+    every = layers(model, family)
+    for i, first in enumerate(shared):
+        every[i] = every[first]
+    note(model, of(model, family))
+
+
+def own_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict with each tensor once, by its first name."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor.detach()
+    return found
+
+
 def shrink(model: PreTrainedModel, family: Family, heads: Sequence[Sequence[int]], neurons: Sequence[Sequence[int]]) -> None:
     """Take out of each layer all heads and neurons but those named (rising indices, one list a layer), and note what is left in the configuration."""
     import torch
 
     had = of(model, family)
+    if had.shares:
+        raise ModelError("layers that stand in several places cannot be cut", remedy="put share-layers behind the stage that cuts")
     for layer, kept_heads, kept_neurons in zip(layers(model, family), heads, neurons, strict=True):
         units = torch.tensor([head * had.head_size + i for head in kept_heads for i in range(had.head_size)])
         for path in family.attention[:3]:

@@ -18,6 +18,7 @@ from onnxsqueeze.stages.quantize_dynamic import QuantizeDynamic
 from onnxsqueeze.stages.quantize_inc import QuantizeInc
 from onnxsqueeze.stages.quantize_static import QuantizeStatic
 from onnxsqueeze.stages.quantize_weights import QuantizeWeights
+from onnxsqueeze.stages.share_layers import ShareLayers
 from onnxsqueeze.stages.train_quantized import TrainQuantized
 
 AnyStage = Annotated[
@@ -49,5 +50,6 @@ __all__ = [
     "QuantizeInc",
     "QuantizeStatic",
     "QuantizeWeights",
+    "ShareLayers",
     "TrainQuantized",
 ]

@@ -1,0 +1,102 @@
+"""share-layers: a few layers, each of which stands in several places; the file holds each once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from onnxsqueeze.artifact import Artifact
+from onnxsqueeze.errors import StageError
+from onnxsqueeze.nn.settings import TrainingSettings
+from onnxsqueeze.stage import Changed, Context
+
+
+class ShareLayers(TrainingSettings):
+    """The layers are as many as before, but only some are different; those are trained in all their places at once, beside the teacher.
+
+    Smaller, not faster. Source: Lan et al. 2020, "ALBERT", section 3.1 (sharing); Takase and Kiyono 2023, "Lessons on Parameter Sharing across Layers
+    in Transformers", section 2 (sequence and cycle).
+    """
+
+    kind: Literal["share-layers"] = "share-layers"
+    teacher: str | None = Field(
+        None, description="Id of the stage above whose result teaches, or 'model'; default: the last finetune above"
+    )
+    distinct: int = Field(2, ge=1, description="How many different layers there are in the end")
+    order: Literal["sequence", "cycle"] = Field("sequence", description="aabbcc or abcabc")
+    start: Literal["useful", "even"] = Field(
+        "useful",
+        description="Which layers they are at the start: those without which the loss is highest, or the last of each of equal parts",
+    )
+    asked_rows: int = Field(512, ge=32, description="Training rows that are asked which layers are useful")
+    temperature: float = Field(2.0, gt=0, description="Softens the logits of teacher and student")
+    alpha_task: float = Field(0.5, ge=0, description="Weight of the loss against the labels, where there is a teacher")
+    alpha_logits: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's logits, where there is a teacher")
+    alpha_hidden: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's hidden states, where there is a teacher")
+
+    def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:
+        """Write the best epoch; counts the weights that are gone from the written file.
+
+        Raises StageError where the model has no more layers than ``distinct``, or layers of unequal shape.
+        """
+        from onnxsqueeze.nn import batches, checkpoint, distillation, importance, structure, training
+        from onnxsqueeze.nn import family as families
+        from onnxsqueeze.stages import calibration
+        from onnxsqueeze.stages.distill import chosen_layers
+
+        task = context.task
+        model, family = checkpoint.load(parent.path, task)
+        deep, had = len(families.layers(model, family)), structure.of(model, family)
+        if self.distinct >= deep:
+            raise StageError(
+                f"{self.name}: distinct: the model has {deep} layers, {self.distinct} different ones share nothing",
+                remedy=f"set it below {deep}",
+            )
+        before = sum(tensor.numel() for tensor in structure.own_state(model).values())
+        if self.start == "useful":
+            rows = calibration.spread(context.train.rows, self.asked_rows)
+            asked = importance.Asked(
+                model, family, batches.encode(parent.path, rows, task.max_length), regression=task.kind == "regression"
+            )
+            kept = importance.layers_to_keep(model, family, asked, self.distinct)
+        else:
+            kept = chosen_layers(self.distinct, deep, self.name)
+        every = families.layers(model, family)
+        places = [i * self.distinct // deep if self.order == "sequence" else i % self.distinct for i in range(deep)]
+        first = [places.index(place) for place in places]
+        chosen = [every[i] for i in kept]
+        for i, place in enumerate(places):
+            every[i] = chosen[place]
+        structure.share(model, family, first)
+
+        examples, selection = (batches.encode(parent.path, rows.rows, task.max_length) for rows in (context.train, context.selection))
+        lessons = distillation.Distillation(
+            distillation.Weights(self.alpha_task, self.alpha_logits, self.alpha_hidden, temperature=self.temperature),
+            model,
+            family,
+            examples,
+            context,
+            precision=self.precision,
+            parent=parent.path,
+            teacher_folder=teacher.path if teacher else None,
+            kept=range(deep),
+            of=deep,
+        )
+        outcome = training.train(
+            model, family, self, context, examples=examples, selection=selection, loss=lessons.loss, companion=lessons.companion
+        )
+        checkpoint.save(model, parent.path, out, task)
+        again, _ = checkpoint.load(out, task)
+        weights = sum(tensor.numel() for tensor in structure.own_state(again).values())
+        details = {
+            **outcome.details(),
+            "kept": list(kept),
+            "shared": list(structure.of(again, family).shared),
+            "shared_before": list(had.shared),
+            "weights": weights,
+            "weights_before": before,
+            "with_teacher": lessons.taught,
+        }
+        return Changed(before - weights, "weights", details)
