@@ -19,6 +19,7 @@ from onnxsqueeze.stages.quantize_inc import QuantizeInc
 from onnxsqueeze.stages.quantize_static import QuantizeStatic
 from onnxsqueeze.stages.quantize_weights import QuantizeWeights
 from onnxsqueeze.stages.share_layers import ShareLayers
+from onnxsqueeze.stages.train_low_bit import TrainLowBit
 from onnxsqueeze.stages.train_quantized import TrainQuantized
 
 AnyStage = Annotated[
@@ -51,5 +52,6 @@ __all__ = [
     "QuantizeStatic",
     "QuantizeWeights",
     "ShareLayers",
+    "TrainLowBit",
     "TrainQuantized",
 ]

@@ -19,13 +19,11 @@ from onnxsqueeze.stage import Changed, Context
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import nn
     from transformers import PreTrainedModel
 
     from onnxsqueeze.nn.budget import Costs
     from onnxsqueeze.nn.family import Family
     from onnxsqueeze.nn.gates import Gates, Kept
-    from onnxsqueeze.nn.losses import Projections
     from onnxsqueeze.nn.structure import Structure
     from onnxsqueeze.stages.layer_times import LayerTimes
 
@@ -148,7 +146,7 @@ class PruneStructure(TrainingSettings):
                 examples=examples,
                 selection=selection,
                 loss=loss,
-                companion=_together(masked, lessons.companion),
+                companion=training.together(masked, lessons.companion),
                 after_step=chooser.after_step,
                 first_epoch_to_keep=math.ceil(chooser.last * self.epochs / total),
             )
@@ -321,9 +319,3 @@ def _times(budget: Budget | None, folder: Path, scratch: Path, context: Context)
 
     timed = budget is not None and budget.measure == "milliseconds"
     return LayerTimes(folder, scratch, budget.backend, context) if budget and timed else None
-
-
-def _together(masked: Gates, projections: Projections | None) -> nn.Module:
-    from torch import nn
-
-    return masked if projections is None else nn.ModuleList([masked, projections])

@@ -1,0 +1,142 @@
+"""Few values for many weights: the levels that lie nearest to a row's weights in the least squares, and weights moved onto them while training."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Method = Literal["binary-greedy", "binary", "ternary", "code-book"]
+
+_LLOYD, _ALTERNATIONS = 20, 10
+
+
+def levels(weight: Tensor, method: Method, bits: int) -> Tensor:
+    """Sorted levels ``[rows, L]`` for each row of ``weight[rows, n]``; L is 3 for "ternary", else 2 ** ``bits``.
+
+    "binary-greedy": sums of ± one scale a bit, each scale the mean size of what the ones before left over (Guo et al. 2017, "Network Sketching", algorithm 1).
+    "binary": the same, scales and signs improved in turns, each by least squares (Xu et al. 2018, "Alternating Multi-bit Quantization", section 3).
+    "ternary": 0 and ± one scale, the least-squares optimum over all thresholds (Li et al. 2016, "Ternary Weight Networks", equation 5, by sorting).
+    "code-book": any values, by Lloyd's algorithm from quantiles (Lloyd 1982).
+    """
+    values = weight.detach().float()
+    if method == "ternary":
+        return _ternary(values)
+    if method == "code-book":
+        return _code_book(values, 2**bits)
+    return _binary(values, bits, alternations=0 if method == "binary-greedy" else _ALTERNATIONS)
+
+
+def nearest(weight: Tensor, sorted_levels: Tensor) -> Tensor:
+    """Each weight of ``[rows, n]`` on the nearest level of its row ``[rows, L]``; half way goes down."""
+    middles = (sorted_levels[:, 1:] + sorted_levels[:, :-1]) / 2
+    return sorted_levels.gather(1, torch.searchsorted(middles.contiguous(), weight.detach().float().contiguous()))
+
+
+def _ternary(values: Tensor) -> Tensor:
+    sizes = values.abs().sort(dim=1, descending=True).values
+    total = sizes.cumsum(1)
+    count = torch.arange(1, sizes.shape[1] + 1, device=sizes.device)
+    best = (total.square() / count).argmax(1, keepdim=True)  # what is left out is the sum of squares less this
+    scale = total.gather(1, best) / (best + 1)
+    return torch.cat([-scale, torch.zeros_like(scale), scale], 1)
+
+
+def _binary(values: Tensor, bits: int, alternations: int) -> Tensor:
+    left, scales = values, []
+    for _ in range(bits):
+        scales.append(left.abs().mean(1))
+        left = left - scales[-1][:, None] * torch.where(left < 0, -1.0, 1.0)
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=bits)), device=values.device)  # [L, bits]
+    scale = torch.stack(scales, 1)  # [rows, bits]
+    for _ in range(alternations):
+        codes = _codes(values, scale @ signs.T)
+        chosen = signs[codes]  # [rows, n, bits]
+        gram = chosen.transpose(1, 2) @ chosen + 1e-6 * torch.eye(bits, device=values.device)
+        scale = torch.linalg.solve(gram, (chosen.transpose(1, 2) @ values[:, :, None]))[:, :, 0]
+    return (scale @ signs.T).sort(dim=1).values
+
+
+def _codes(values: Tensor, every: Tensor) -> Tensor:
+    """Of each value the index of the nearest of its row's unsorted levels."""
+    order = every.argsort(dim=1)
+    ranked = every.gather(1, order)
+    middles = (ranked[:, 1:] + ranked[:, :-1]) / 2
+    return order.gather(1, torch.searchsorted(middles.contiguous(), values.contiguous()))
+
+
+def _code_book(values: Tensor, count: int) -> Tensor:
+    at = (torch.arange(count, device=values.device) + 0.5) / count
+    ranked = values.sort(dim=1).values
+    book = ranked[:, (at * values.shape[1]).long().clamp_max(values.shape[1] - 1)].clone()
+    for _ in range(_LLOYD):
+        middles = ((book[:, 1:] + book[:, :-1]) / 2).contiguous()
+        codes = torch.searchsorted(middles, values.contiguous())
+        sums = torch.zeros_like(book).scatter_add_(1, codes, values)
+        counts = torch.zeros_like(book).scatter_add_(1, codes, torch.ones_like(values))
+        book = torch.where(counts > 0, sums / counts.clamp_min(1), book).sort(dim=1).values
+    return book
+
+
+class OnLevels(nn.Module):
+    """While entered, the named matrices of a model count as what they are nearest to; gradients reach the weights behind as if nothing was moved.
+
+    `renew` takes new levels from the weights as they are; they are buffers, so they travel with the training's checkpoint. `settle` moves the weights
+    for good. Source of the gradient: Courbariaux et al. 2015, "BinaryConnect" (straight through).
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], method: Method, bits: int, *, per_row: bool) -> None:
+        super().__init__()
+        self._model, self._names, self._method, self._bits, self._per_row = [model], list(names), method, bits, per_row
+        self._forwards: list[tuple[nn.Module, Any]] = []
+        for i, weight in enumerate(self._weights()):
+            self.register_buffer(f"levels{i}", levels(self._rows(weight), method, bits))
+
+    def _weights(self) -> list[nn.Parameter]:
+        return [self._model[0].get_parameter(name) for name in self._names]
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        return weight if self._per_row else weight.reshape(1, -1)
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Levels of the weights as they are now."""
+        for i, weight in enumerate(self._weights()):
+            self.get_buffer(f"levels{i}").copy_(levels(self._rows(weight), self._method, self._bits))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Move every weight onto the levels that the weights have now."""
+        self.renew()
+        for i, weight in enumerate(self._weights()):
+            weight.copy_(self._moved(i, weight))
+
+    def _moved(self, i: int, weight: Tensor) -> Tensor:
+        return nearest(self._rows(weight), self.get_buffer(f"levels{i}")).reshape(weight.shape).to(weight.dtype)
+
+    def __enter__(self) -> OnLevels:
+        for i, name in enumerate(self._names):
+            module = self._model[0].get_submodule(name.removesuffix(".weight"))
+            self._forwards.append((module, module.forward))
+            module.forward = self._forward(i, module)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for module, forward in self._forwards:
+            module.forward = forward
+        self._forwards.clear()
+
+    def _forward(self, i: int, module: nn.Module) -> Any:
+        def forward(given: Tensor) -> Tensor:
+            weight = module.get_parameter("weight")
+            moved = weight + (self._moved(i, weight) - weight).detach()
+            if isinstance(module, nn.Embedding):
+                return functional.embedding(given, moved, module.padding_idx)
+            assert isinstance(module, nn.Linear)  # noqa: S101  # no other module has a matrix
+            return functional.linear(given, moved, module.bias)
+
+        return forward
