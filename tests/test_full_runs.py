@@ -23,7 +23,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("full")
 
 
-@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(RECIPES.rglob("*.yaml")), ids=lambda file: file.stem)
 def test_every_recipe_runs_on_the_real_model(file: Path, place: Path) -> None:
     outcome, _ = run(file, place / file.stem, model=Path("minilm"), store=place / "store", overrides=LITTLE)
     assert outcome.exit_code == 0, outcome.problems

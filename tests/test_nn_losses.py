@@ -47,6 +47,27 @@ def test_attention_is_compared_over_real_queries_and_a_masked_key_adds_nothing()
     assert value.item() == pytest.approx((KL + 0) / 2, rel=1e-5)
 
 
+def test_relations_are_compared_head_by_head_over_real_tokens_and_widths_may_differ() -> None:
+    """By hand, one head each: the student's tokens relate evenly, the teacher's first token three times as much to the second as to itself."""
+    student = torch.zeros(1, 3, 2)
+    teacher = tensor([[[1.0, 0.0, 0.0, 0.0], [1 + 2 * math.log(3), 0.0, 0.0, 0.0], [7.0, 0.0, 0.0, 0.0]]])
+    value = losses.relations(student, teacher, tensor([[1, 1, 0]]), heads=1)
+    # scores ÷ √4: first query 1/2 and 1/2 + log 3, so (1/4, 3/4); second (1 + 2 log 3) times as far apart
+    far = (1 + 2 * math.log(3)) * math.log(3)
+    high = 1 / (1 + math.exp(-far))
+    second = high * math.log(2 * high) + (1 - high) * math.log(2 * (1 - high))
+    assert value.item() == pytest.approx((KL + second) / 2, rel=1e-4)
+
+
+def test_relations_of_heads_are_those_of_their_part_of_the_width() -> None:
+    states = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    other = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(2, 4)
+    halves = [losses.relations(states[..., part], other[..., part], mask, heads=1) for part in (slice(0, 3), slice(3, 6))]
+    torch.testing.assert_close(losses.relations(states, other, mask, heads=2), sum(halves) / 2)
+    assert losses.relations(states, states, mask, heads=2).item() == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_losses_are_float32_whatever_the_model_ran_in(dtype: torch.dtype) -> None:
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -56,9 +77,10 @@ def test_losses_are_float32_whatever_the_model_ran_in(dtype: torch.dtype) -> Non
         losses.logits(logits, logits, temperature=2.0, regression=False),
         losses.hidden(states, states, torch.ones(4, 2)),
         losses.attention(states[:, None].softmax(-1), states[:, None].softmax(-1), torch.ones(4, 2)),
+        losses.relations(states, states, torch.ones(4, 2), heads=1),
     ]
     assert all(value.dtype == torch.float32 for value in found)
-    assert [value.item() for value in found[1:]] == pytest.approx([0, 0, 0], abs=1e-6)
+    assert [value.item() for value in found[1:]] == pytest.approx([0, 0, 0, 0], abs=1e-6)
 
 
 def test_projections_map_to_the_teachers_width() -> None:

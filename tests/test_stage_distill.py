@@ -99,11 +99,11 @@ def test_the_teachers_logits_are_computed_once_and_kept(tmp_path: Path) -> None:
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("weight", ["alpha_task", "alpha_logits", "alpha_hidden", "alpha_attention"])
+@pytest.mark.parametrize("weight", ["alpha_task", "alpha_logits", "alpha_hidden", "alpha_attention", "alpha_relations"])
 def test_each_loss_moves_the_student(tmp_path: Path, weight: str) -> None:
     teacher = random_checkpoint(tmp_path / "teacher", "roberta")
     off = {"alpha_task": 0.0, "alpha_logits": 0.0, "alpha_hidden": 0.0, "alpha_attention": 0.0}
-    stage = Distill(layers=1, epochs=2, batch_size=8, learning_rate=2e-3, precision="fp32", **{**off, weight: 1.0})
+    stage = Distill(layers=1, epochs=2, batch_size=8, learning_rate=2e-3, precision="fp32", relation_heads=4, **{**off, weight: 1.0})
     _, changed = run_stage(stage, teacher, tmp_path, teacher=teacher)
     first, second = (entry["loss"] for entry in changed.details["history"])
     assert 0 < second < first
@@ -114,6 +114,16 @@ def test_a_wider_deeper_teacher_of_another_family_can_teach_where_the_tokens_agr
     parent = random_checkpoint(tmp_path / "parent", "bert", layers=3)
     out, _ = run_stage(Distill(layers=2, epochs=1, alpha_attention=1.0), parent, tmp_path, teacher=teacher)
     assert not any("maps" in key for key in load_file(out / "model.safetensors")), "projections are dropped"
+
+
+def test_relations_of_a_wider_teacher_are_learned_without_projections_and_heads_must_divide_both(tmp_path: Path) -> None:
+    teacher = random_checkpoint(tmp_path / "teacher", "bert", hidden=64)
+    parent = random_checkpoint(tmp_path / "parent", "bert", hidden=32)
+    stage = Distill(layers=1, epochs=1, alpha_hidden=0.0, alpha_relations=1.0, relation_heads=8)
+    _, changed = run_stage(stage, parent, tmp_path, teacher=teacher)
+    assert changed.details["history"][0]["loss"] > 0
+    with pytest.raises(StageError, match="queries, keys and values of layer 0 are 32 wide, which 12 heads cannot share"):
+        run_stage(stage.model_copy(update={"relation_heads": 12}), parent, tmp_path / "odd", teacher=teacher)
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -1,13 +1,13 @@
-"""The loss of a student beside its teacher: labels, logits, hidden states and attention, each with its weight."""
+"""The loss of a student beside its teacher: labels, logits, hidden states, attention and relations, each with its weight."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.nn import family as families
@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Weights:
-    """Of each loss; 0 leaves it out. ``temperature`` softens logits."""
+    """Of each loss; 0 leaves it out. ``temperature`` softens logits; relations are split into ``relation_heads``."""
 
     task: float
     logits: float = 0.0
     hidden: float = 0.0
     attention: float = 0.0
     temperature: float = 1.0
+    relations: float = 0.0
+    relation_heads: int = 12
 
 
 class Distillation:
@@ -40,7 +42,8 @@ class Distillation:
 
     ``teacher`` and ``parent`` are folders (the parent's tokenizer reads the rows); without a teacher the loss is the task's alone.
     The student's layers were those with the indices ``kept`` ``of`` so many. Logits of the teacher are computed
-    once, its hidden states and attention beside the student in every step. Raises StageError where heads do not fit for the attention's loss.
+    once, its hidden states, attention and relations beside the student in every step; relations are those of the last layers that face each other.
+    Raises StageError where heads do not fit for the attention's loss or the relations'.
     """
 
     def __init__(
@@ -76,7 +79,11 @@ class Distillation:
         if attentions:
             _require_equal_heads(structure.of(model, family).heads, structure.of(master, master_family).heads, self._teaching)
             families.without_attention_dropout(model, family)
-        if attentions or weights.hidden > 0:  # else its kept logits are enough
+        if weights.relations > 0:
+            place = len(self._teaching) - 1
+            self._own_relations = _Relations(model, family, place, weights.relation_heads)
+            self._its_relations = _Relations(master, master_family, self._teaching[-1], weights.relation_heads)
+        if attentions or weights.hidden > 0 or weights.relations > 0:  # else its kept logits are enough
             self._master, self._inputs = master, master_family.inputs()
 
     @property
@@ -106,7 +113,39 @@ class Distillation:
         if attentions:
             pairs = [losses.attention(a, other.attentions[i], mask) for a, i in zip(own.attentions, self._teaching, strict=True)]
             total = total + weights.attention * torch.stack(pairs).mean()
+        if weights.relations > 0:
+            facing = zip(self._own_relations.take(), self._its_relations.take(), strict=True)
+            pairs = [losses.relations(a, b, mask, weights.relation_heads) for a, b in facing]
+            total = total + weights.relations * torch.stack(pairs).mean()
         return total
+
+
+class _Relations:
+    """Keeps the queries, keys and values ``[batch, tokens, width]`` that one layer of a model makes in a forward pass."""
+
+    def __init__(self, model: PreTrainedModel, family: Family, place: int, heads: int) -> None:
+        layer = families.layers(model, family)[place]
+        self._seen: dict[str, Tensor] = {}
+        for path in family.attention[:3]:
+            width = structure.matrix(layer, path).out_features
+            if width % heads:
+                raise StageError(
+                    f"relation_heads: the queries, keys and values of layer {place} are {width} wide, which {heads} heads cannot share",
+                    remedy="take a number that divides the widths of student and teacher",
+                )
+            layer.get_submodule(path).register_forward_hook(self._keep(path))
+
+    def _keep(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def keep(_: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001, a hook's arguments
+            self._seen[path] = output
+
+        return keep
+
+    def take(self) -> tuple[Tensor, ...]:
+        """Queries, keys and values of the last pass."""
+        found = tuple(self._seen.values())
+        self._seen.clear()
+        return found
 
 
 def teaching_layers(kept: Sequence[int], parent: int, teacher: int) -> tuple[int, ...]:

@@ -50,6 +50,26 @@ def attention(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     return (divergence * weight).sum() / weight.sum()
 
 
+def relations(student: Tensor, teacher: Tensor, mask: Tensor, heads: int) -> Tensor:
+    """KL(teacher ‖ student) of how the tokens relate, ``softmax(x xᵀ / √width)`` per head, mean over heads and real queries.
+
+    ``student`` and ``teacher`` are one layer's queries, keys or values ``[batch, tokens, width]``, each width split into ``heads``; the widths may differ.
+    Source: Wang et al. 2021, "MiniLMv2", equations 4 to 6 (scaled products of like with like, relation heads).
+    """
+    keys = mask[:, None, None, :] == 0
+
+    def logs(states: Tensor) -> Tensor:
+        batch, tokens, width = states.shape
+        parts = states.float().view(batch, tokens, heads, width // heads).transpose(1, 2)
+        scores = parts @ parts.transpose(2, 3) / (width // heads) ** 0.5
+        return functional.log_softmax(scores.masked_fill(keys, torch.finfo(scores.dtype).min), dim=-1)
+
+    target = logs(teacher)
+    divergence = (target.exp() * (target - logs(student))).sum(-1)  # [batch, heads, queries]
+    weight = mask[:, None, :].to(divergence.dtype).expand_as(divergence)
+    return (divergence * weight).sum() / weight.sum()
+
+
 class Projections(torch.nn.Module):
     """One learned linear map per pair of hidden states, from the student's width to the teacher's; dropped after training.
 

@@ -36,10 +36,17 @@ class Distill(TrainingSettings):
     alpha_hidden: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's hidden states")
     alpha_attention: float = Field(0.0, ge=0, description="Weight of the loss against the teacher's attention")
 
+    alpha_relations: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the loss against how queries, keys and values of the teacher's last layer relate; widths may differ",
+    )
+    relation_heads: int = Field(12, ge=1, description="Into how many heads relations are split; must divide both widths")
+
     @model_validator(mode="after")
     def _has_a_loss(self) -> Self:
-        if self.alpha_task == self.alpha_logits == self.alpha_hidden == self.alpha_attention == 0:
-            raise ValueError("one of alpha_task, alpha_logits, alpha_hidden and alpha_attention must be above 0")
+        if self.alpha_task == self.alpha_logits == self.alpha_hidden == self.alpha_attention == self.alpha_relations == 0:
+            raise ValueError("one of alpha_task, alpha_logits, alpha_hidden, alpha_attention and alpha_relations must be above 0")
         return self
 
     def misfit(self, config: Mapping[str, Any]) -> str | None:
@@ -63,7 +70,15 @@ class Distill(TrainingSettings):
         kept = chosen_layers(self.layers, had, self.name)
         structure.keep_layers(model, family, kept)
         lessons = distillation.Distillation(
-            distillation.Weights(self.alpha_task, self.alpha_logits, self.alpha_hidden, self.alpha_attention, self.temperature),
+            distillation.Weights(
+                self.alpha_task,
+                self.alpha_logits,
+                self.alpha_hidden,
+                self.alpha_attention,
+                self.temperature,
+                self.alpha_relations,
+                self.relation_heads,
+            ),
             model,
             family,
             examples,
