@@ -27,6 +27,10 @@ AnyStage = Annotated[
     | Distill
     | PruneWeights
     | PruneStructure
+    | Factorize
+    | ShareLayers
+    | TrainQuantized
+    | TrainLowBit
     | Export
     | QuantizeDynamic
     | QuantizeStatic
