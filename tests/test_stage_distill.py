@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,9 +10,12 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from models import FAMILIES, FamilyName, random_checkpoint, run_stage, toy_context
+from models import FAMILIES, FamilyName, random_checkpoint, run_stage, toy_context, toy_task
 from onnxsqueeze.errors import StageError
+from onnxsqueeze.nn import checkpoint, structure
+from onnxsqueeze.nn.batches import encode
 from onnxsqueeze.nn.distillation import teaching_layers
+from onnxsqueeze.nn.training import predict
 from onnxsqueeze.stages.distill import Distill, chosen_layers
 
 QUICK = Distill(layers=1, epochs=1, batch_size=16, alpha_attention=0.5)
@@ -68,6 +72,25 @@ def test_layers_that_the_model_has_not_are_known_from_its_config(tmp_path: Path,
 
 def test_a_config_that_leaves_the_number_of_layers_to_the_library_is_not_judged() -> None:
     assert Distill(layers=99).misfit({"model_type": "bert"}) is None
+
+
+def test_useful_layers_are_those_whose_absence_the_loss_notices(tmp_path: Path) -> None:
+    """Against models without each layer, read anew and cut one by one."""
+    folder = random_checkpoint(tmp_path / "parent", "bert", layers=4)
+    context = toy_context(tmp_path)
+    examples = encode(folder, context.train.rows, 32)
+
+    def loss(kept: tuple[int, ...]) -> float:
+        model, family = checkpoint.load(folder, toy_task())
+        structure.keep_layers(model, family, kept)
+        logits = torch.tensor(predict(model, family, examples))
+        return float(torch.nn.functional.cross_entropy(logits, torch.tensor(examples.labels)))
+
+    three = min(itertools.combinations(range(4), 3), key=loss)
+    two = min(itertools.combinations(three, 2), key=loss)
+    stage = Distill(layers=2, choose="useful", epochs=1, batch_size=16)
+    _, changed = run_stage(stage, folder, tmp_path, teacher=folder, context=context)
+    assert changed.details["kept"] == list(two)
 
 
 @pytest.mark.parametrize("wanted", [7, (), (6,), (-1,), (1, 0), (2, 2)])

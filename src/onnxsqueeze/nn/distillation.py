@@ -152,7 +152,7 @@ def teaching_layers(kept: Sequence[int], parent: int, teacher: int) -> tuple[int
     """Which of ``teacher`` layers each student layer learns from: the very one it was where the parent was as deep, else even parts."""
     if teacher == parent:
         return tuple(kept)
-    return tuple(-(-(i + 1) * teacher // len(kept)) - 1 for i in range(len(kept)))
+    return structure.evenly(len(kept), teacher)
 
 
 def _require_equal_heads(student: tuple[int, ...], teacher: tuple[int, ...], teaching: tuple[int, ...]) -> None:

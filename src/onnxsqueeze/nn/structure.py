@@ -238,6 +238,14 @@ def keep_layers(model: PreTrainedModel, family: Family, kept: Sequence[int]) -> 
         note(model, unequal.of_layers(kept))
 
 
+def evenly(wanted: int, available: int) -> tuple[int, ...]:
+    """Indices of ``wanted`` layers: the last of each of as many equal parts, so that the top one is always among them.
+
+    Source: the uniform mapping of Jiao et al. 2020, "TinyBERT", section 4.3, rounded up where the parts are not whole.
+    """
+    return tuple(-(-(i + 1) * available // wanted) - 1 for i in range(wanted))
+
+
 def note(model: PreTrainedModel, structure: Structure) -> None:
     """Write a structure into the model's configuration."""
     setattr(model.config, CONFIG_FIELD, structure.to_json())

@@ -27,9 +27,11 @@ class Distill(TrainingSettings):
     teacher: str | None = Field(
         None, description="Id of the stage above whose result teaches, or 'model'; default: the last finetune above"
     )
-    layers: Annotated[int, Field(ge=1)] | tuple[int, ...] = Field(
-        3, description="How many layers to keep, evenly chosen up to the last; or which, counted from 0"
+    layers: Annotated[int, Field(ge=1)] | tuple[int, ...] = Field(3, description="How many layers to keep, or which, counted from 0")
+    choose: Literal["even", "useful"] = Field(
+        "even", description="Of a number: evenly up to the last, or those without which the loss on some training rows is highest"
     )
+    asked_rows: int = Field(512, ge=32, description="Training rows that are asked which layers are useful")
     temperature: float = Field(2.0, gt=0, description="Softens the logits of teacher and student")
     alpha_task: float = Field(0.5, ge=0, description="Weight of the loss against the labels")
     alpha_logits: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's logits")
@@ -56,8 +58,9 @@ class Distill(TrainingSettings):
 
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:
         """Write the best epoch's student; counts the tensors that differ from the parent's or are gone."""
-        from onnxsqueeze.nn import batches, checkpoint, distillation, structure, training
+        from onnxsqueeze.nn import batches, checkpoint, distillation, importance, structure, training
         from onnxsqueeze.nn import family as families
+        from onnxsqueeze.stages import calibration
 
         if teacher is None:
             raise StageError(
@@ -68,6 +71,12 @@ class Distill(TrainingSettings):
         examples = batches.encode(parent.path, context.train.rows, task.max_length)
         had = len(families.layers(model, family))
         kept = chosen_layers(self.layers, had, self.name)
+        if self.choose == "useful" and isinstance(self.layers, int):
+            rows = calibration.spread(context.train.rows, self.asked_rows)
+            asked = importance.Asked(
+                model, family, batches.encode(parent.path, rows, task.max_length), regression=task.kind == "regression"
+            )
+            kept = importance.layers_to_keep(model, family, asked, self.layers)
         structure.keep_layers(model, family, kept)
         lessons = distillation.Distillation(
             distillation.Weights(
@@ -105,17 +114,15 @@ class Distill(TrainingSettings):
 
 
 def chosen_layers(wanted: int | tuple[int, ...], available: int, name: str) -> tuple[int, ...]:
-    """Indices of the layers to keep. Of a number n: the last layer of each of n equal parts, so that the top one is always among them.
-
-    Source: the uniform mapping of Jiao et al. 2020, "TinyBERT", section 4.3, rounded up where the parts are not whole.
+    """Indices of the layers to keep; of a number, evenly (`onnxsqueeze.nn.structure.evenly`).
 
     Raises StageError where the model has not enough layers, or an index is out of range or out of order.
     """
+    from onnxsqueeze.nn import structure
+
     if (unfit := _unfit_layers(wanted, available)) is not None:
         raise StageError(f"{name}: {unfit}", remedy="keep fewer layers, or name each one to keep once")
-    if isinstance(wanted, int):
-        return tuple(-(-(i + 1) * available // wanted) - 1 for i in range(wanted))
-    return wanted
+    return structure.evenly(wanted, available) if isinstance(wanted, int) else wanted
 
 
 def _unfit_layers(wanted: int | tuple[int, ...], available: int) -> str | None:

@@ -11,7 +11,7 @@ from pydantic import Field
 from onnxsqueeze import graph
 from onnxsqueeze.artifact import MODEL_FILE, Artifact, copy_side_files
 from onnxsqueeze.errors import StageError
-from onnxsqueeze.nn import checkpoint
+from onnxsqueeze.nn import checkpoint, exporting
 from onnxsqueeze.stage import Changed, Context, Stage, State
 from onnxsqueeze.stages import calibration
 from onnxsqueeze.stages.chatter import captured
@@ -43,21 +43,12 @@ class Export(Stage):
             model, _ = checkpoint.load(parent.path, context.task)
             with tempfile.TemporaryDirectory(dir=out) as scratch:
                 rough = Path(scratch) / MODEL_FILE
-                write(model, rough, self.opset)
+                exporting.write(model, rough, self.opset)
                 written = graph.save(graph.load(rough), out)
         copy_side_files(parent.path, out)
         found = graph.operators(written)
         details = {"opset": self.opset, "operators": found, **_compare(model, written, context)}
         return Changed(sum(found.values()), "nodes", details)
-
-
-def write(model: Any, target: Path, opset: int) -> None:
-    """Write ``target`` by optimum's exporter; nothing is compared."""
-    from optimum.exporters.onnx import export
-    from optimum.exporters.tasks import TasksManager
-
-    describe = TasksManager.get_exporter_config_constructor("onnx", model=model, task="text-classification", library_name="transformers")
-    export(model, describe(model.config), target, opset=opset)
 
 
 def _compare(model: Any, written: Path, context: Context) -> dict[str, Any]:

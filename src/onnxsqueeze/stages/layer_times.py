@@ -12,10 +12,9 @@ from onnxsqueeze.artifact import MODEL_FILE, copy_side_files
 from onnxsqueeze.measure.latency import Candidate, measure_latency
 from onnxsqueeze.measure.settings import MeasureSettings, Shape
 from onnxsqueeze.measure.work import FixedWork
-from onnxsqueeze.nn import structure
+from onnxsqueeze.nn import exporting, structure
 from onnxsqueeze.nn.budget import Costs
 from onnxsqueeze.nn.structure import Structure
-from onnxsqueeze.stages import export
 from onnxsqueeze.stages.chatter import captured
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from onnxsqueeze.nn.family import Family
     from onnxsqueeze.stage import Context
 
-_OPSET = 18
 _SECONDS = 1.0
 _FREE = 1e-9  # milliseconds: nothing is quite free
 
@@ -67,7 +65,7 @@ class LayerTimes:
             module._forward_pre_hooks.clear()  # the masks of a training
         structure.shrink(smaller, family, [range(n) for n in shape.heads], [range(n) for n in shape.neurons])
         with captured():
-            export.write(smaller, place / MODEL_FILE, _OPSET)
+            exporting.write(smaller, place / MODEL_FILE)
         return place / MODEL_FILE
 
 

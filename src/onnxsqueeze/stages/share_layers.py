@@ -44,7 +44,6 @@ class ShareLayers(TrainingSettings):
         from onnxsqueeze.nn import batches, checkpoint, distillation, importance, structure, training
         from onnxsqueeze.nn import family as families
         from onnxsqueeze.stages import calibration
-        from onnxsqueeze.stages.distill import chosen_layers
 
         task = context.task
         model, family = checkpoint.load(parent.path, task)
@@ -62,7 +61,7 @@ class ShareLayers(TrainingSettings):
             )
             kept = importance.layers_to_keep(model, family, asked, self.distinct)
         else:
-            kept = chosen_layers(self.distinct, deep, self.name)
+            kept = structure.evenly(self.distinct, deep)
         every = families.layers(model, family)
         places = [i * self.distinct // deep if self.order == "sequence" else i % self.distinct for i in range(deep)]
         first = [places.index(place) for place in places]
