@@ -25,6 +25,7 @@ class Family:
     model_type: str  # config.json's word for it
     classes: str  # prefix of its classes in transformers: <classes>Config, <classes>ForSequenceClassification
     encoder: str  # attribute of the classification model that holds the encoder
+    words: str  # below the encoder: the vocabulary matrix, one row a token
     layers: str  # below the encoder: the list of layers
     attention: tuple[str, ...]  # linear modules inside one layer: query, key, value, output
     feed_forward: tuple[str, ...]  # linear modules inside one layer: in, out
@@ -45,6 +46,7 @@ class Family:
         return int(positions) - self.position_offset
 
 
+_WORDS = "embeddings.word_embeddings.weight"
 _BERT_ATTENTION = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
 _BERT_FEED_FORWARD = ("intermediate.dense", "output.dense")
 
@@ -52,6 +54,7 @@ BERT = Family(
     model_type="bert",
     classes="Bert",
     encoder="bert",
+    words=_WORDS,
     layers="encoder.layer",
     attention=_BERT_ATTENTION,
     feed_forward=_BERT_FEED_FORWARD,
@@ -66,6 +69,7 @@ DISTILBERT = Family(
     model_type="distilbert",
     classes="DistilBert",
     encoder="distilbert",
+    words=_WORDS,
     layers="transformer.layer",
     attention=("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
     feed_forward=("ffn.lin1", "ffn.lin2"),
@@ -80,6 +84,7 @@ ROBERTA = Family(
     model_type="roberta",
     classes="Roberta",
     encoder="roberta",
+    words=_WORDS,
     layers="encoder.layer",
     attention=_BERT_ATTENTION,
     feed_forward=_BERT_FEED_FORWARD,
@@ -94,6 +99,7 @@ ELECTRA = Family(
     model_type="electra",
     classes="Electra",
     encoder="electra",
+    words=_WORDS,
     layers="encoder.layer",
     attention=_BERT_ATTENTION,
     feed_forward=_BERT_FEED_FORWARD,

@@ -11,6 +11,7 @@ from onnxsqueeze.stages.export import Export
 from onnxsqueeze.stages.finetune import Finetune
 from onnxsqueeze.stages.float16 import Float16
 from onnxsqueeze.stages.optimize_graph import OptimizeGraph
+from onnxsqueeze.stages.prune_vocabulary import PruneVocabulary
 from onnxsqueeze.stages.prune_weights import PruneWeights
 from onnxsqueeze.stages.quantize_dynamic import QuantizeDynamic
 from onnxsqueeze.stages.quantize_inc import QuantizeInc
@@ -18,7 +19,17 @@ from onnxsqueeze.stages.quantize_static import QuantizeStatic
 from onnxsqueeze.stages.quantize_weights import QuantizeWeights
 
 AnyStage = Annotated[
-    Finetune | Distill | PruneWeights | Export | QuantizeDynamic | QuantizeStatic | QuantizeWeights | QuantizeInc | OptimizeGraph | Float16,
+    Finetune
+    | Distill
+    | PruneWeights
+    | PruneVocabulary
+    | Export
+    | QuantizeDynamic
+    | QuantizeStatic
+    | QuantizeWeights
+    | QuantizeInc
+    | OptimizeGraph
+    | Float16,
     Field(discriminator="kind"),
 ]
 
@@ -29,6 +40,7 @@ __all__ = [
     "Finetune",
     "Float16",
     "OptimizeGraph",
+    "PruneVocabulary",
     "PruneWeights",
     "QuantizeDynamic",
     "QuantizeInc",
