@@ -146,10 +146,10 @@ class Vocabulary:
         self._folder = folder
         self._tokenizer, self._data = _read(folder)
         self._model: dict[str, Any] = self._data["model"]
+        splitting = self._splitting()
         added = {token["content"]: int(token["id"]) for token in self._data.get("added_tokens", [])}
         self.ids: dict[str, int] = {**self._model["vocab"], **added}
         self._by_id = {id_: token for token, id_ in self.ids.items()}
-        splitting = self._splitting()
         unknown = self._model.get("unk_token")
         named = {added[token] for token in added} | set(must_stay) | self._ids_elsewhere()
         if unknown is not None:

@@ -12,7 +12,7 @@ import pickle
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -111,7 +111,7 @@ def predict(
     batches = by_length([len(row) for row in examples.encoded], _EVALUATION_BATCH)
     with torch.inference_mode(), autocast(precision):
         for i, rows in enumerate(batches):
-            parts.append(model(**_inputs(family, examples, rows)).logits.float().cpu().numpy())
+            parts.append(model(**inputs(family, examples, rows)).logits.float().cpu().numpy())
             if progress:
                 progress(i + 1, len(batches))
     model.train(was_training)
@@ -178,7 +178,7 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = settings.learning_rate * rate(step, total, settings.warmup)
                 with autocast(format_):
-                    value = loss(Batch(torch.tensor(rows), _inputs(family, examples, rows), labels[rows]))
+                    value = loss(Batch(torch.tensor(rows), inputs(family, examples, rows), labels[rows]))
                 number = value.item()
                 if not math.isfinite(number):
                     raise StageError(
@@ -301,7 +301,8 @@ def score(model: nn.Module, family: Family, selection: Examples, context: Contex
     return found if math.isfinite(found) else None
 
 
-def _inputs(family: Family, examples: Examples, rows: list[int]) -> dict[str, Tensor]:
+def inputs(family: Family, examples: Examples, rows: Sequence[int]) -> dict[str, Tensor]:
+    """What a model of ``family`` reads for these rows, on the training device: ``{name: [batch, tokens] int64}``, padded to the longest."""
     arrays = pad([examples.encoded[i] for i in rows], examples.pad_id)
     return {name: torch.from_numpy(arrays[name]).to(device()) for name in family.inputs()}
 

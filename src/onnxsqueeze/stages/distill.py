@@ -66,21 +66,24 @@ class Distill(TrainingSettings):
 
         model, family = checkpoint.load(parent.path, task, eager_attention=attentions)
         examples = batches.encode(parent.path, context.train.rows, task.max_length)
-        master, master_family = teachers.load(teacher.path, parent.path, context, eager_attention=attentions)
+        if beside:
+            token_by_token = [setting for setting in ("alpha_hidden", "alpha_attention") if getattr(self, setting) > 0]
+            teachers.require_same_tokens(self.name, token_by_token, teacher.path, parent.path, context)
+        master = teachers.load(teacher.path, context, eager_attention=attentions)
         had = len(families.layers(model, family))
-        masters = len(families.layers(master, master_family))
+        masters = len(families.layers(master.model, master.family))
         kept = chosen_layers(self.layers, had, self.name)
         families.keep_layers(model, family, kept)
         targets = teaching_layers(kept, had, masters)
 
-        known = teachers.logits(master, master_family, examples, self.precision, context) if self.alpha_logits > 0 else None
+        known = teachers.logits(master, self.precision, context) if self.alpha_logits > 0 else None
         projections: losses.Projections | None = None
-        if states and model.config.hidden_size != master.config.hidden_size:
+        if states and model.config.hidden_size != master.model.config.hidden_size:
             with torch.random.fork_rng():
                 torch.manual_seed(context.seed)
-                projections = losses.Projections(len(kept) + 1, model.config.hidden_size, master.config.hidden_size)
+                projections = losses.Projections(len(kept) + 1, model.config.hidden_size, master.model.config.hidden_size)
         if attentions:
-            _require_equal_heads(self.name, model.config.num_attention_heads, master.config.num_attention_heads)
+            _require_equal_heads(self.name, model.config.num_attention_heads, master.model.config.num_attention_heads)
             families.without_attention_dropout(model, family)
 
         def loss(batch: training.Batch) -> Tensor:
@@ -91,8 +94,7 @@ class Distill(TrainingSettings):
                 total = total + self.alpha_logits * softened
             if beside:
                 with torch.no_grad():
-                    inputs = {name: batch.inputs[name] for name in master_family.inputs()}
-                    other = master(**inputs, output_hidden_states=states, output_attentions=attentions)
+                    other = master.model(**master.inputs(batch), output_hidden_states=states, output_attentions=attentions)
                 mask = batch.inputs["attention_mask"]
             if states:
                 mine = own.hidden_states if projections is None else projections(own.hidden_states)

@@ -66,8 +66,8 @@ class PruneWeights(TrainingSettings):
         examples = batches.encode(parent.path, context.train.rows, task.max_length)
         known = None
         if teacher is not None and self.alpha_logits > 0:
-            master, master_family = teachers.load(teacher.path, parent.path, context)
-            known = teachers.logits(master, master_family, examples, self.precision, context)
+            master = teachers.load(teacher.path, context)
+            known = teachers.logits(master, self.precision, context)
             del master
         total = math.ceil(len(examples) / self.batch_size) * self.epochs
         last = max(1, math.floor(total * (1 - self.recovery)))
