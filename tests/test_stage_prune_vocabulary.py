@@ -155,7 +155,7 @@ def test_the_record_says_what_happens_out_of_domain(tmp_path: Path) -> None:
     assert found["texts"] == 5
     assert found["changed_pct"] == 80
     assert found["tokens_per_text_before"] < found["tokens_per_text"]
-    assert 0 < found["unknown_pct"] < found["unknown_before_pct"], "as many unknown tokens among more"
+    assert 0 < found["unknown_pct"] < found["unknown_pct_before"], "as many unknown tokens among more"
     same = logits(parent, context, texts).argmax(1) == logits(out, context, texts).argmax(1)
     assert found["same_class_pct"] == pytest.approx(100 * same.mean())
     assert changed.details["train"]["texts"] == 1

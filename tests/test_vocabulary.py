@@ -256,9 +256,9 @@ def test_a_reading_counts_tokens_texts_that_changed_and_those_cut_off(tmp_path: 
         "tokens_per_text_before": (2 + 2 + 3) / 3,
         "tokens_per_text": (2 + 5 + 6) / 3,
         "changed_pct": pytest.approx(200 / 3),
-        "unknown_before_pct": pytest.approx(100 / 7),
+        "unknown_pct_before": pytest.approx(100 / 7),
         "unknown_pct": pytest.approx(100 / 13),
-        "cut_before_pct": 0.0,
+        "cut_pct_before": 0.0,
         "cut_pct": pytest.approx(200 / 3),
     }
 

@@ -370,9 +370,9 @@ class Reading:
             "tokens_per_text_before": self.tokens[0] / texts,
             "tokens_per_text": self.tokens[1] / texts,
             "changed_pct": 100 * len(self.changed) / texts,
-            "unknown_before_pct": 100 * self.unknown[0] / words[0],
+            "unknown_pct_before": 100 * self.unknown[0] / words[0],
             "unknown_pct": 100 * self.unknown[1] / words[1],
-            "cut_before_pct": 100 * self.too_long[0] / texts,
+            "cut_pct_before": 100 * self.too_long[0] / texts,
             "cut_pct": 100 * self.too_long[1] / texts,
         }
 
