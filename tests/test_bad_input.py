@@ -94,12 +94,33 @@ def test_an_export_of_a_model_without_a_head(tmp_path: Path, model: Path) -> Non
             "stages: [{kind: finetune}]\ntargets: [{name: report.md, stages: [{kind: export}]}]",
             ("a.yaml:5: targets[0].name", "name the target otherwise"),
         ),
+        (
+            "stages: [{kind: finetune}, {kind: prune-vocabulary, corpus: corpsu.txt}]\ntargets: [{name: x, stages: [{kind: export}]}]",
+            ("a.yaml:4: stages[1].corpus: prune-vocabulary: there is no file corpsu.txt", "relative to the recipe"),
+        ),
+        (
+            "stages: [{kind: finetune}]\ntargets: [{name: x, stages: [{kind: prune-vocabulary, out_of_domain: latin1.txt}, {kind: export}]}]",
+            ("latin1.txt:2: is not UTF-8", "remedy:"),
+        ),
+        (
+            "stages: [{kind: finetune}, {kind: prune-vocabulary, size: 90000}]\ntargets: [{name: x, stages: [{kind: export}]}]",
+            ("a.yaml:4", "prune-vocabulary: size: must be below", "got 90000"),
+        ),
+        (
+            "stages: [{kind: finetune}, {kind: prune-vocabulary, min_count: 0}]\ntargets: [{name: x, stages: [{kind: export}]}]",
+            ("a.yaml:4: stages[1].prune-vocabulary.min_count: must be greater than or equal to 1, got 0",),
+        ),
+        (
+            "targets: [{name: x, stages: [{kind: prune-vocabulary}, {kind: export}]}]",
+            ("a.yaml:4: targets[0].stages[1]", "export: the model", "has no trained head"),
+        ),
         ("description: !mine x\ntargets: [{name: x, stages: [{kind: export}]}]", ("a.yaml:4: description", "write a plain value")),
     ],
 )
 def test_what_does_not_fit_the_model_is_found_before_anything_is_made(
     tmp_path: Path, model: Path, own_store: Path, text: str, words: tuple[str, ...]
 ) -> None:
+    (tmp_path / "latin1.txt").write_bytes(b"plain\ncaf\xe9\n")
     (tmp_path / "a.yaml").write_text(f"schema: 1\nname: a\ntask: {{name: toy, max_length: 32}}\n{text}\n")
     complain(command("run", "a.yaml", "--model", model, cwd=tmp_path), 2, *words)
     assert not own_store.exists() or not list((own_store / "artifacts").iterdir())

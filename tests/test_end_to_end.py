@@ -178,7 +178,7 @@ def test_a_second_run_makes_and_measures_nothing(qdp: tuple[Outcome, list[str]],
     assert again.results.task.splits[0].looks == qdp[0].results.task.splits[0].looks
 
 
-@pytest.mark.parametrize("recipe", ["none", "q", "d", "p"])
+@pytest.mark.parametrize("recipe", ["none", "q", "d", "p", "v"])
 def test_one_recipe_per_single_method(recipe: str, qdp: tuple[Outcome, list[str]], place: Path) -> None:
     outcome, lines = run(recipe, place / recipe, model=place / "model", store=place / "store", overrides=small(recipe))
     assert outcome.exit_code == 0, outcome.problems
@@ -211,6 +211,29 @@ def test_a_recipe_without_a_baseline_gets_one(place: Path, tmp_path: Path) -> No
     rows = targets(outcome)
     assert rows["small"].vs_baseline.baseline == "baseline-cpu"
     assert [stage.kind for stage in rows["baseline-cpu"].stages] == ["finetune", "export"]
+
+
+def test_a_student_with_a_pruned_vocabulary_is_recorded_and_its_corpus_counts_by_content(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("the city never made music\n", encoding="utf-8")
+    stages = "  - {kind: prune-vocabulary, corpus: corpus.txt}\n  - {kind: distill, layers: 1, epochs: 1}\n"
+    rows = "  - {name: fp32, after: finetune, baseline: true, stages: [{kind: export}]}\n  - {name: small, stages: [{kind: export}]}\n"
+    again = {"model": place / "model", "store": place / "store", "overrides": small("")}
+    outcome, _ = run(recipe(tmp_path, stages, rows), tmp_path / "out", **again)  # type: ignore[arg-type]  # keywords as a mapping
+    assert outcome.exit_code == 0, outcome.problems
+    fp32, student = (targets(outcome)[name] for name in ("fp32", "small"))
+    pruned = student.stages[1]
+    config = json.loads((tmp_path / "out" / "small" / "config.json").read_text())
+    assert config["vocab_size"] == pruned.changed["details"]["rows"] == pruned.changed["details"]["rows_before"] - pruned.changed["count"]
+    assert student.size_bytes < fp32.size_bytes
+    assert student.tokenizer_bytes < fp32.tokenizer_bytes
+
+    (tmp_path / "corpus.txt").rename(tmp_path / "other.txt")
+    file = recipe(tmp_path, stages.replace("corpus.txt", "other.txt"), rows)
+    _, lines = run(file, tmp_path / "out", **again)  # type: ignore[arg-type]
+    assert any(line.startswith("prune-vocabulary: in the store") for line in lines)
+    (tmp_path / "other.txt").write_text("the city never made a plot\n", encoding="utf-8")
+    _, lines = run(file, tmp_path / "out", **again)  # type: ignore[arg-type]
+    assert "prune-vocabulary …" in lines
 
 
 def test_a_missed_gate_ends_with_3_and_says_which_target_missed_what_by_how_much(place: Path) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models import random_checkpoint, toy_rows
-from onnxsqueeze.nn.batches import by_length, encode, epoch_order
+from onnxsqueeze.nn.batches import by_length, cut_otherwise, encode, epoch_order
 
 LENGTHS = st.lists(st.integers(1, 128), min_size=1, max_size=300)
 
@@ -44,3 +44,10 @@ def test_rows_are_encoded_in_their_order_with_their_labels(tmp_path: Path) -> No
     assert list(examples.labels) == [row.label for row in rows]
     assert examples.pad_id == 1
     assert max(len(row) for row in examples.encoded) <= 12
+
+
+def test_rows_that_two_tokenizers_cut_at_other_places_are_counted(tmp_path: Path) -> None:
+    bert, other, roberta = (random_checkpoint(tmp_path / name, name) for name in ("bert", "distilbert", "roberta"))
+    rows = toy_rows(20, seed=0)
+    assert cut_otherwise(bert, bert, rows, 32) == cut_otherwise(bert, other, rows, 32) == 0, "their files differ, their tokens do not"
+    assert cut_otherwise(bert, roberta, rows, 32) == 20

@@ -149,17 +149,16 @@ def test_damaged_logits_of_a_teacher_are_made_again_and_the_progress_says_so(tmp
     folder = random_checkpoint(tmp_path / "teacher", "bert", hidden=16)
     notes: list[str] = []
     context = toy_context(tmp_path, progress=lambda _done, _total, note="": notes.append(note))
-    model, family = teacher.load(folder, folder, context)
-    examples = encode(folder, context.train.rows, context.task.max_length)
-    first = teacher.logits(model, family, examples, "fp32", context)
+    master = teacher.load(folder, context)
+    first = teacher.logits(master, "fp32", context)
     assert set(notes) == {"the teacher's logits"}
     notes.clear()
-    assert torch.equal(teacher.logits(model, family, examples, "fp32", context), first)
+    assert torch.equal(teacher.logits(master, "fp32", context), first)
     assert not notes, "kept logits are read"
     file = context.checkpoint / "teacher_logits.npy"
     whole = file.read_bytes()
     file.write_bytes(DAMAGES[damage](whole))
-    assert torch.equal(teacher.logits(model, family, examples, "fp32", context), first)
+    assert torch.equal(teacher.logits(master, "fp32", context), first)
     assert set(notes) == {"the teacher's logits, anew: the saved ones could not be read"}
     assert file.read_bytes() == whole
 

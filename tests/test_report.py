@@ -266,6 +266,21 @@ def test_a_gate_on_a_rise_is_passed_by_the_whole_distance() -> None:
     assert row_of(only(target, gates=drop(-0.0)), "t").gates[0].value == "0.00"
 
 
+def test_what_a_pruned_vocabulary_makes_of_texts_is_drawn() -> None:
+    found = {"texts": 2700, "changed_pct": 0.0}
+    found |= {f"{key}{suffix}": 1.5 for key in ("tokens_per_text", "unknown_pct", "cut_pct") for suffix in ("", "_before")}
+    other = {**found, "texts": 3, "tokens_per_text": 2.25, "changed_pct": 100.0, "same_class_pct": 66.666}
+    pruned = stage("prune-vocabulary", "prune-vocabulary", 3.1, 28_251, "rows", train=found, out_of_domain=other)
+    target = next(t for t in cpu_targets() if t.name == "qdp-ort")
+    results = qdp_results(targets=(target.model_copy(update={"stages": (*target.stages, pruned)}),))
+    grid = next(grid for grid in run_grids(results) if grid.title == "Vocabulary")
+    assert list(grid.rows) == [
+        ("prune-vocabulary", "train", "2,700", "0.0", "1.50 → 1.50", "1.50 → 1.50", "1.50 → 1.50", "–"),
+        ("prune-vocabulary", "out of domain", "3", "100.0", "1.50 → 2.25", "1.50 → 1.50", "1.50 → 1.50", "66.7"),
+    ]
+    assert "Vocabulary" not in markdown([qdp_results()])
+
+
 def test_every_trial_of_a_tuning_is_drawn_with_what_its_graph_lacked() -> None:
     trials = [
         {"round": 1, "forms": ["a", "b"], "p50_ms": 10.0, "speedup": None, "speedup_ci95": None, "verdict": "tie"},

@@ -4,6 +4,7 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -12,11 +13,12 @@ from transformers import AutoModelForSequenceClassification
 
 from models import FAMILIES, FamilyName, random_checkpoint, run_stage, toy_context, toy_task
 from onnxsqueeze.errors import StageError
-from onnxsqueeze.nn import checkpoint, structure
+from onnxsqueeze.nn import batches, checkpoint, structure, training
 from onnxsqueeze.nn.batches import encode
 from onnxsqueeze.nn.distillation import teaching_layers
 from onnxsqueeze.nn.training import predict
 from onnxsqueeze.stages.distill import Distill, chosen_layers
+from onnxsqueeze.stages.prune_vocabulary import PruneVocabulary
 
 QUICK = Distill(layers=1, epochs=1, batch_size=16, alpha_attention=0.5)
 BARELY = {"epochs": 1, "batch_size": 64, "learning_rate": 1e-7, "precision": "fp32"}
@@ -149,11 +151,59 @@ def test_relations_of_a_wider_teacher_are_learned_without_projections_and_heads_
         run_stage(stage.model_copy(update={"relation_heads": 12}), parent, tmp_path / "odd", teacher=teacher)
 
 
-def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
+LOGITS_ALONE = Distill(layers=1, epochs=2, batch_size=8, learning_rate=2e-3, precision="fp32", alpha_task=0, alpha_hidden=0)
+
+
+@pytest.mark.parametrize("name", ["roberta", "distilbert", "electra"])
+def test_the_logits_of_a_teacher_with_another_tokenizer_teach(tmp_path: Path, name: FamilyName) -> None:
+    teacher = random_checkpoint(tmp_path / "teacher", name)
+    parent = random_checkpoint(tmp_path / "parent", "bert")
+    _, changed = run_stage(LOGITS_ALONE, parent, tmp_path, teacher=teacher)
+    first, second = (entry["loss"] for entry in changed.details["history"])
+    assert 0 < second < first
+
+
+def test_a_teacher_reads_the_rows_with_its_own_tokenizer(tmp_path: Path) -> None:
     teacher = random_checkpoint(tmp_path / "teacher", "roberta")
     parent = random_checkpoint(tmp_path / "parent", "bert")
-    with pytest.raises(StageError, match=r"tokenizer\.json is not that of"):
-        run_stage(QUICK, parent, tmp_path, teacher=teacher)
+    context = toy_context(tmp_path)
+    run_stage(LOGITS_ALONE, parent, tmp_path, teacher=teacher, context=context)
+    model, family = checkpoint.load(teacher, context.task)
+    own = training.predict(model, family, batches.encode(teacher, context.train.rows, context.task.max_length))
+    np.testing.assert_allclose(np.load(context.checkpoint / "teacher_logits.npy"), own, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({}, "alpha_hidden"),
+        ({"alpha_attention": 1.0}, "alpha_hidden, alpha_attention"),
+        ({"alpha_hidden": 0.0, "alpha_attention": 1.0}, "alpha_attention"),
+    ],
+)
+def test_losses_token_by_token_are_refused_where_the_teachers_tokens_are_others(
+    tmp_path: Path, given: dict[str, float], named: str
+) -> None:
+    teacher = random_checkpoint(tmp_path / "teacher", "roberta")
+    parent = random_checkpoint(tmp_path / "parent", "bert")
+    message = f"^distill: {named}: the teacher's tokenizer cuts 64 of 64 training rows into other tokens than the student's"
+    with pytest.raises(StageError, match=message) as caught:
+        run_stage(Distill(layers=1, **given), parent, tmp_path, teacher=teacher)
+    assert f"set {named.replace(', ', ': 0 and ')}: 0" in str(caught.value.remedy)
+
+
+def test_a_teacher_whose_ids_are_others_but_whose_tokens_are_the_same_teaches_as_if_they_were_the_same(tmp_path: Path) -> None:
+    """Every loss, with the student's vocabulary pruned of what no row has: the ids differ, nothing else does."""
+    teacher = random_checkpoint(tmp_path / "teacher", "bert")
+    parent, _ = run_stage(PruneVocabulary(), teacher, tmp_path / "pruned")
+    stage = Distill(layers=1, epochs=1, batch_size=16, alpha_attention=0.5, precision="fp32")
+    one, first = run_stage(stage, teacher, tmp_path / "one", teacher=teacher)
+    two, second = run_stage(stage, parent, tmp_path / "two", teacher=teacher)
+    assert first.details["history"][0]["loss"] == pytest.approx(second.details["history"][0]["loss"], rel=1e-5)
+    a, b = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    del a["bert.embeddings.word_embeddings.weight"], b["bert.embeddings.word_embeddings.weight"]
+    for key, value in a.items():
+        torch.testing.assert_close(value, b[key], atol=1e-5, rtol=0)
 
 
 def test_attention_of_unequal_heads_is_refused(tmp_path: Path) -> None:

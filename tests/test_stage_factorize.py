@@ -117,9 +117,9 @@ def test_factors_of_full_rank_say_what_the_matrix_said(tmp_path: Path) -> None:
             old = layer.get_submodule(path)
             assert isinstance(old, torch.nn.Linear)
             structure.replace_module(layer, path, factors.factored(old, min(old.weight.shape)))
-    table = model.get_submodule(family.words)
+    table = model.get_submodule(family.table_of_words)
     assert isinstance(table, torch.nn.Embedding)
-    structure.replace_module(model, family.words, factors.factored_table(table, 32))
+    structure.replace_module(model, family.table_of_words, factors.factored_table(table, 32))
 
     torch.testing.assert_close(torch.tensor(predict(model, family, examples)), torch.tensor(before), atol=1e-4, rtol=1e-3)
 

@@ -151,6 +151,13 @@ def test_a_teacher_takes_part_in_the_loss(tmp_path: Path) -> None:
     assert (alone / "model.safetensors").read_bytes() != (taught / "model.safetensors").read_bytes()
 
 
+def test_a_teacher_with_another_tokenizer_takes_part(tmp_path: Path) -> None:
+    parent = random_checkpoint(tmp_path / "parent", "bert")
+    teacher = random_checkpoint(tmp_path / "teacher", "roberta")
+    _, changed = run_stage(PruneWeights(**QUICK), parent, tmp_path, teacher=teacher)
+    assert changed.details["with_teacher"]
+
+
 def test_pruning_twice_counts_only_what_the_second_added(tmp_path: Path) -> None:
     parent = random_checkpoint(tmp_path / "parent", "bert")
     half, first = run_stage(PruneWeights(sparsity=0.5, **QUICK), parent, tmp_path / "half")

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from onnxsqueeze import backends, environment
-from onnxsqueeze.artifact import Format
+from onnxsqueeze.artifact import Format, file_sha256
 from onnxsqueeze.document import Place
 from onnxsqueeze.errors import Fault, RecipeError
 from onnxsqueeze.models import Start
@@ -23,6 +23,7 @@ from onnxsqueeze.stages import Export, Finetune
 from onnxsqueeze.store import key_of
 from onnxsqueeze.tasks.open import Task
 from onnxsqueeze.tasks.rows import rows_sha256
+from onnxsqueeze.tasks.tables import read_texts
 
 _ADDED: Place = ("targets",)  # where the faults of a baseline stand that the run adds
 
@@ -123,6 +124,8 @@ class _Planner:
         return tuple(steps[len(above) :])
 
     def _step(self, above: Sequence[Step], stage: Stage, place: Place) -> Step:
+        files = self._digests(stage, place)
+        stage = stage.beside(self.loaded.folder)
         parent = above[-1] if above else None
         parent_key = parent.key if parent else self.start.artifact.key
         finetuned = [step for step in above if isinstance(step.stage, Finetune)]
@@ -136,7 +139,8 @@ class _Planner:
                 causes={},
                 skipped="the model has a trained head, so it is the teacher as it is (`force: true` trains it anyway)",
             )
-        if not above and not self.trained and not isinstance(stage, Finetune) and not stage.needs_teacher:
+        first = stage.needs_head and not any(step.stage.needs_head for step in above)
+        if first and not self.trained and not isinstance(stage, Finetune) and not stage.needs_teacher:
             self.faults.append(self._headless(stage, place))
         config = read_config(self.start.artifact.path)
         if not any(step.stage.kind == stage.kind for step in above):  # an earlier one may have changed what the next one finds
@@ -147,7 +151,7 @@ class _Planner:
         causes: dict[str, Any] = {
             "kind": stage.kind,
             "version": stage.version,
-            "settings": stage.model_dump(mode="json", exclude={"id", "teacher"}),
+            "settings": stage.model_dump(mode="json", exclude={"id", "teacher", *stage.text_files}),
             "parent": parent_key,
             "tools": {name: _version(name) for name in stage.tools},
         }
@@ -157,11 +161,26 @@ class _Planner:
             causes["data"] = self._data
         if stage.uses_seed:
             causes["seed"] = self.seed
+        if files:
+            causes["files"] = files
         if stage.machine_bound():
             causes["machine"] = self._machine
         if stage.timed():
             causes["call"] = asdict(self.loaded.recipe.measure.call)
         return Step(stage, key_of(causes), parent, teacher, has_teacher, causes)
+
+    def _digests(self, stage: Stage, place: Place) -> dict[str, str]:
+        """Field → sha256 of the text file that it names; a missing file is a fault. Raises DataError for a file that is no text."""
+        found = {}
+        for field, path in stage.files().items():
+            file = self.loaded.folder / path
+            if file.is_file():
+                read_texts(file)
+                found[field] = file_sha256(file)
+            else:
+                message = f"{stage.kind}: there is no file {path}; a path in a recipe is relative to the recipe"
+                self.faults.append(self.loaded.fault((*place, field), message))
+        return found
 
     def _headless(self, stage: Stage, place: Place) -> Fault:
         if "stages" not in place:  # a baseline that the run adds

@@ -88,8 +88,8 @@ def threads_to_use() -> int:
 
 
 def _uses_head(stages: tuple[tuple[Stage, ...], tuple[Stage, ...]]) -> bool:
-    """Whether a chain starts from the model's own head; one whose first stage is a forced finetune trains it anew."""
-    first = (*stages[0], *stages[1])[0]
+    """Whether a chain starts from the model's own head; one whose first stage with a head is a forced finetune trains it anew."""
+    first = next((stage for stage in (*stages[0], *stages[1]) if stage.needs_head), None)
     return not (isinstance(first, Finetune) and first.force)
 
 

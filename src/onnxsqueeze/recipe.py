@@ -73,11 +73,12 @@ class Recipe(_Part):
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A checked recipe, the digest of the text it came from, and the document (for later messages)."""
+    """A checked recipe, the digest of the text it came from, the document (for later messages), and the folder it lies in."""
 
     recipe: Recipe
     sha256: str
     document: Document
+    folder: Path
 
     def fault(self, place: Place, message: str) -> Fault:
         """A fault at ``place`` of this recipe."""
@@ -122,7 +123,7 @@ def load(file: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
         faults += [_from_pydantic(e, document) for e in error.errors(include_url=False)]
         raise RecipeError(_in_order(faults)) from error
     sha256 = hashlib.sha256(content + "".join(f"\n{o}" for o in overrides).encode()).hexdigest()
-    loaded = LoadedRecipe(recipe, sha256, document)
+    loaded = LoadedRecipe(recipe, sha256, document, file.parent)
     faults += _check_order(loaded)
     if faults:
         raise RecipeError(_in_order(faults))

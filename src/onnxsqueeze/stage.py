@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -83,6 +83,10 @@ class Stage(BaseModel):
     uses_data: ClassVar[bool] = False  # the rows join the key
     uses_seed: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
+    needs_head: ClassVar[bool] = True  # False: may stand above the first finetune of a model without a trained head
+    text_files: ClassVar[
+        tuple[str, ...]
+    ] = ()  # fields that name files, one text a line, relative to the recipe: their content joins the key
 
     kind: str
     id: str | None = Field(None, description="Name of this stage in the recipe; default: its kind", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -91,6 +95,14 @@ class Stage(BaseModel):
     def name(self) -> str:
         """The stage's id in its recipe."""
         return self.id or self.kind
+
+    def beside(self, folder: Path) -> Self:
+        """The same, with relative ``text_files`` taken from ``folder`` (where the recipe lies)."""
+        return self.model_copy(update={field: folder / path for field, path in self.files().items()})
+
+    def files(self) -> dict[str, Path]:
+        """Field → path of those ``text_files`` that are given."""
+        return {field: path for field in self.text_files if (path := getattr(self, field)) is not None}
 
     def machine_bound(self) -> bool:
         """True where the bytes depend on the CPU (bf16 training, tuned graphs): CPU model, instruction set and threads join the key."""

@@ -52,6 +52,11 @@ class Encoder:
         inputs = [text if pair is None else (text, pair) for text, pair in zip(texts, pairs, strict=True)]
         return [Encoded(tuple(e.ids), tuple(e.type_ids)) for e in self._tokenizer.encode_batch(inputs)]
 
+    def spans(self, texts: Sequence[str], pairs: Sequence[str | None]) -> list[tuple[tuple[int, int], ...]]:
+        """Where in its text each token of `encode` stands, as (begin, end) in characters; (0, 0) for special tokens."""
+        inputs = [text if pair is None else (text, pair) for text, pair in zip(texts, pairs, strict=True)]
+        return [tuple(e.offsets) for e in self._tokenizer.encode_batch(inputs)]
+
 
 def pad(rows: Sequence[Encoded], pad_id: int, width: int | None = None) -> dict[str, NDArray[np.int64]]:
     """Right-pad to one width (default: the longest row): ``{input_ids, attention_mask, token_type_ids}[batch, width] int64``."""

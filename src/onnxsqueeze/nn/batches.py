@@ -29,9 +29,16 @@ class Examples:
 def encode(folder: Path, rows: Sequence[Row], max_length: int) -> Examples:
     """``rows`` as the tokenizer of the model in ``folder`` reads them."""
     encoder = Encoder(folder, max_length)
-    return Examples(
-        encoder.encode([row.text for row in rows], [row.text_pair for row in rows]), [row.label for row in rows], encoder.pad_id
-    )
+    return Examples(encoder.encode(*_columns(rows)), [row.label for row in rows], encoder.pad_id)
+
+
+def cut_otherwise(folder: Path, other: Path, rows: Sequence[Row], max_length: int) -> int:
+    """How many of ``rows`` the tokenizers of two model folders cut at different places, so that their tokens do not stand for each other."""
+    files = [at / "tokenizer.json" for at in (folder, other)]
+    if files[0].read_bytes() == files[1].read_bytes():
+        return 0
+    spans = [Encoder(at, max_length).spans(*_columns(rows)) for at in (folder, other)]
+    return sum(a != b for a, b in zip(*spans, strict=True))
 
 
 def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -44,6 +51,10 @@ def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) 
         part = sorted(order[start : start + bucket].tolist(), key=lambda i: lengths[i])
         batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
     return [batches[i] for i in random.permutation(len(batches))]
+
+
+def _columns(rows: Sequence[Row]) -> tuple[list[str], list[str | None]]:
+    return [row.text for row in rows], [row.text_pair for row in rows]
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from onnxsqueeze.nn.family import Family, family_of
 from onnxsqueeze.tasks.rows import TaskInfo
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
 CONFIG_FILE = "config.json"
@@ -165,6 +166,50 @@ def save(model: PreTrainedModel, parent: Path, out: Path, task: TaskInfo) -> Non
     copy_side_files(parent, out)
 
 
+def token_ids(folder: Path) -> dict[str, int]:
+    """The ids that the model's configuration names, those of transformers' defaults too: ``pad_token_id`` and its like."""
+    import transformers
+
+    family = family_of(read_config(folder)["model_type"])
+    config = getattr(transformers, f"{family.classes}Config").from_pretrained(folder, local_files_only=True).to_dict()
+    return {name: value for name, value in config.items() if name.endswith("_token_id") and type(value) is int}
+
+
+def vocabulary_rows(folder: Path) -> int:
+    """How many rows the vocabulary matrix in the folder's weights has."""
+    from safetensors import safe_open
+
+    if _require_weights(folder):
+        weights = _weights(folder)
+        return len(weights[_vocabulary_name(folder, weights)])
+    with safe_open(folder / WEIGHTS_FILE, framework="np") as file:
+        return int(file.get_slice(_vocabulary_name(folder, _weight_names(folder))).get_shape()[0])
+
+
+def save_rows(parent: Path, out: Path, rows: Sequence[int]) -> None:
+    """Write ``parent``'s config.json and weights into ``out`` with these rows of its vocabulary matrix alone, in this order.
+
+    The ids that config.json names become the rows' new places. All other weights of the encoder and of a classification head are left
+    as they are; a head of another purpose (a language model's has one output a row) is left out.
+    """
+    from safetensors.torch import save_file
+
+    config, weights = read_config(parent), _weights(parent)
+    family = family_of(config["model_type"])
+    name = _vocabulary_name(parent, weights)
+    if name.startswith(f"{family.encoder}."):
+        mine = tuple(f"{module}." for module in (family.encoder, *family.head))
+        weights = {key: tensor for key, tensor in weights.items() if key.startswith(mine)}
+    weights[name] = weights[name][list(rows)]
+    place = {row: i for i, row in enumerate(rows)}
+    for key, old in token_ids(parent).items():
+        if key in config or place[old] != old:
+            config[key] = place[old]
+    config["vocab_size"] = len(rows)
+    (out / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, out / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
 def changed_tensors(parent: Path, out: Path) -> int:
     """How many tensors of the two written files differ, are new or are gone. A pickled parent counts as wholly changed."""
     import numpy as np
@@ -229,6 +274,37 @@ def _weight_names(folder: Path) -> frozenset[str]:
             return frozenset(weights.keys())
     except SafetensorError as error:
         raise ModelError(f"{file}: is damaged or cut short: {error}", remedy="download or save the model again") from error
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the folder's weights as it lies there. Raises ModelError where they are missing or damaged."""
+    import torch
+    from safetensors.torch import load_file
+
+    if not _require_weights(folder):
+        _weight_names(folder)
+        return load_file(folder / WEIGHTS_FILE)
+    try:
+        pickled = torch.load(folder / PICKLE_FILE, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ModelError(
+            f"{folder.name}: {PICKLE_FILE} cannot be loaded: {error}", remedy="download or save the model again as safetensors"
+        ) from error
+    return {name: tensor.clone() for name, tensor in pickled.items()}  # tied ones share memory, and safetensors refuses that
+
+
+def _vocabulary_name(folder: Path, names: Collection[str]) -> str:
+    """The vocabulary matrix among ``names``; a plain encoder's file leaves the encoder's name out."""
+    family = family_of(read_config(folder)["model_type"])
+    places = [
+        f"{stem}.{rest}" for stem in (family.table_of_words, family.words) for rest in ("weight", "table.weight")
+    ]  # the last: of factors
+    found = [name for name in places if name in names]
+    if not found:
+        raise ModelError(
+            f"{folder.name}: its weights hold no {family.table_of_words}.weight", remedy="check that config.json belongs to these weights"
+        )
+    return found[0]
 
 
 def _outputs(folder: Path, config: Mapping[str, Any]) -> int:

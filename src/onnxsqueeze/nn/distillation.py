@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,85 +10,74 @@ from torch import Tensor, nn
 
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.nn import family as families
-from onnxsqueeze.nn import losses, structure, teacher, training
+from onnxsqueeze.nn import losses, structure, training
+from onnxsqueeze.nn import teacher as teachers
+from onnxsqueeze.nn.settings import LossWeights, TaughtSettings
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel
 
-    from onnxsqueeze.nn.batches import Examples
     from onnxsqueeze.nn.family import Family
-    from onnxsqueeze.nn.precision import Precision
     from onnxsqueeze.stage import Context
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Of each loss; 0 leaves it out. ``temperature`` softens logits; relations are split into ``relation_heads``."""
-
-    task: float
-    logits: float = 0.0
-    hidden: float = 0.0
-    attention: float = 0.0
-    temperature: float = 1.0
-    relations: float = 0.0
-    relation_heads: int = 12
 
 
 class Distillation:
     """What one student is trained on. ``companion`` are the projections that are trained beside it, or None.
 
-    ``teacher`` and ``parent`` are folders (the parent's tokenizer reads the rows); without a teacher the loss is the task's alone.
-    The student's layers were those with the indices ``kept`` ``of`` so many. Logits of the teacher are computed
-    once, its hidden states, attention and relations beside the student in every step; relations are those of the last layers that face each other.
-    Raises StageError where heads do not fit for the attention's loss or the relations'.
+    ``teacher_folder`` may be None: then the loss is the task's alone. ``parent`` is the folder whose tokenizer reads the student's rows; the teacher
+    reads them with its own. The student's layers were those with the indices ``kept`` ``of`` so many. Logits of the teacher are computed once, its hidden
+    states, attention and relations beside the student in every step; relations are those of the last layers that face each other.
+
+    Raises StageError where heads do not fit for the attention's loss or the relations', and where tokens are others for a loss token by token.
     """
 
     def __init__(
         self,
-        weights: Weights,
+        settings: TaughtSettings,
         model: PreTrainedModel,
         family: Family,
-        examples: Examples,
         context: Context,
         *,
-        precision: Precision,
         parent: Path,
         teacher_folder: Path | None,
         kept: Sequence[int] = (),
         of: int = 0,
     ) -> None:
-        self._weights = weights if teacher_folder else Weights(task=1.0)
+        weights = settings.loss_weights()
         self._model, self._regression = model, context.task.kind == "regression"
         self.companion: losses.Projections | None = None
         self._known: Tensor | None = None
-        self._master: PreTrainedModel | None = None
-        if teacher_folder is None:
+        self._master: teachers.Teacher | None = None
+        self._weights = weights if teacher_folder and weights.taught else LossWeights(task=1.0)
+        if teacher_folder is None or not weights.taught:
             return
-        attentions = weights.attention > 0
-        master, master_family = teacher.load(teacher_folder, parent, context, eager_attention=attentions)
-        self._teaching = teaching_layers(kept, of, len(families.layers(master, master_family)))
+        if weights.token_by_token:
+            teachers.require_same_tokens(settings.name, weights.token_by_token, teacher_folder, parent, context)
+        master = teachers.load(teacher_folder, context, eager_attention=weights.attention > 0)
+        self._teaching = teaching_layers(kept, of, len(families.layers(master.model, master.family)))
         if weights.logits > 0:
-            self._known = teacher.logits(master, master_family, examples, precision, context)
-        if weights.hidden > 0 and model.config.hidden_size != master.config.hidden_size:
+            self._known = teachers.logits(master, settings.precision, context)
+        if weights.hidden > 0 and model.config.hidden_size != master.model.config.hidden_size:
             with torch.random.fork_rng():
                 torch.manual_seed(context.seed)
-                self.companion = losses.Projections(len(self._teaching) + 1, model.config.hidden_size, master.config.hidden_size)
-        if attentions:
-            _require_equal_heads(structure.of(model, family).heads, structure.of(master, master_family).heads, self._teaching)
+                self.companion = losses.Projections(len(self._teaching) + 1, model.config.hidden_size, master.model.config.hidden_size)
+        if weights.attention > 0:
+            heads = [structure.of(one, of_).heads for one, of_ in ((model, family), (master.model, master.family))]
+            _require_equal_heads(settings.name, heads[0], heads[1], self._teaching)
             families.without_attention_dropout(model, family)
         if weights.relations > 0:
-            place = len(self._teaching) - 1
-            self._own_relations = _Relations(model, family, place, weights.relation_heads)
-            self._its_relations = _Relations(master, master_family, self._teaching[-1], weights.relation_heads)
-        if attentions or weights.hidden > 0 or weights.relations > 0:  # else its kept logits are enough
-            self._master, self._inputs = master, master_family.inputs()
+            place, heads_of = len(self._teaching) - 1, weights.relation_heads
+            self._own_relations = _Relations(settings.name, model, family, place, heads_of)
+            self._its_relations = _Relations(settings.name, master.model, master.family, self._teaching[-1], heads_of)
+        if weights.token_by_token:  # else its kept logits are enough
+            self._master = master
 
     @property
     def taught(self) -> bool:
         """Whether a teacher has a part in it."""
-        return self._known is not None or self._master is not None
+        return self._weights.taught
 
     def loss(self, batch: training.Batch) -> Tensor:
         """The weighted sum for one batch; runs the student, and the teacher where its layers teach."""
@@ -102,8 +90,7 @@ class Distillation:
         if self._master is None:
             return total
         with torch.no_grad():
-            inputs = {name: batch.inputs[name] for name in self._inputs}
-            other = self._master(**inputs, output_hidden_states=states, output_attentions=attentions)
+            other = self._master.model(**self._master.inputs(batch), output_hidden_states=states, output_attentions=attentions)
         mask = batch.inputs["attention_mask"]
         if states:
             mine = own.hidden_states if self.companion is None else self.companion(own.hidden_states)
@@ -123,14 +110,14 @@ class Distillation:
 class _Relations:
     """Keeps the queries, keys and values ``[batch, tokens, width]`` that one layer of a model makes in a forward pass."""
 
-    def __init__(self, model: PreTrainedModel, family: Family, place: int, heads: int) -> None:
+    def __init__(self, name: str, model: PreTrainedModel, family: Family, place: int, heads: int) -> None:
         layer = families.layers(model, family)[place]
         self._seen: dict[str, Tensor] = {}
         for path in family.attention[:3]:
             width = structure.matrix(layer, path).out_features
             if width % heads:
                 raise StageError(
-                    f"relation_heads: the queries, keys and values of layer {place} are {width} wide, which {heads} heads cannot share",
+                    f"{name}: relation_heads: the queries, keys and values of layer {place} are {width} wide, which {heads} heads cannot share",
                     remedy="take a number that divides the widths of student and teacher",
                 )
             layer.get_submodule(path).register_forward_hook(self._keep(path))
@@ -155,10 +142,10 @@ def teaching_layers(kept: Sequence[int], parent: int, teacher: int) -> tuple[int
     return structure.evenly(len(kept), teacher)
 
 
-def _require_equal_heads(student: tuple[int, ...], teacher: tuple[int, ...], teaching: tuple[int, ...]) -> None:
+def _require_equal_heads(name: str, student: tuple[int, ...], teacher: tuple[int, ...], teaching: tuple[int, ...]) -> None:
     off = next((i for i, j in enumerate(teaching) if student[i] != teacher[j]), None)
     if off is not None:
         raise StageError(
-            f"alpha_attention: layer {off} of the student has {student[off]} heads, the one that teaches it {teacher[teaching[off]]}",
+            f"{name}: alpha_attention: layer {off} of the student has {student[off]} heads, the one that teaches it {teacher[teaching[off]]}",
             remedy="set alpha_attention to 0",
         )

@@ -24,6 +24,7 @@ class Family:
     model_type: str  # config.json's word for it
     classes: str  # prefix of its classes in transformers: <classes>Config, <classes>ForSequenceClassification
     encoder: str  # attribute of the classification model that holds the encoder
+    words: str  # below the encoder: the module that holds the vocabulary matrix, one row a token
     layers: str  # below the encoder: the list of layers
     attention: tuple[str, ...]  # linear modules inside one layer: query, key, value, output
     feed_forward: tuple[str, ...]  # linear modules inside one layer: in, out
@@ -42,9 +43,9 @@ class Family:
         return ("input_ids", "attention_mask", "token_type_ids") if self.token_types else ("input_ids", "attention_mask")
 
     @property
-    def words(self) -> str:
-        """Where the table of words lives."""
-        return f"{self.encoder}.embeddings.word_embeddings"
+    def table_of_words(self) -> str:
+        """Where the vocabulary matrix lives in a classification model."""
+        return f"{self.encoder}.{self.words}"
 
     def max_tokens(self, config: Any) -> int:
         """The longest input, special tokens included, that has positions. ``config``: config.json's mapping, or transformers' object."""
@@ -52,6 +53,7 @@ class Family:
         return int(positions) - self.position_offset
 
 
+_WORDS = "embeddings.word_embeddings"
 _BERT_ATTENTION = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
 _BERT_FEED_FORWARD = ("intermediate.dense", "output.dense")
 
@@ -59,6 +61,7 @@ BERT = Family(
     model_type="bert",
     classes="Bert",
     encoder="bert",
+    words=_WORDS,
     layers="encoder.layer",
     attention=_BERT_ATTENTION,
     feed_forward=_BERT_FEED_FORWARD,
@@ -76,6 +79,7 @@ DISTILBERT = Family(
     model_type="distilbert",
     classes="DistilBert",
     encoder="distilbert",
+    words=_WORDS,
     layers="transformer.layer",
     attention=("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
     feed_forward=("ffn.lin1", "ffn.lin2"),
@@ -93,6 +97,7 @@ ROBERTA = Family(
     model_type="roberta",
     classes="Roberta",
     encoder="roberta",
+    words=_WORDS,
     layers="encoder.layer",
     attention=_BERT_ATTENTION,
     feed_forward=_BERT_FEED_FORWARD,
@@ -110,6 +115,7 @@ ELECTRA = Family(
     model_type="electra",
     classes="Electra",
     encoder="electra",
+    words=_WORDS,
     layers="encoder.layer",
     attention=_BERT_ATTENTION,
     feed_forward=_BERT_FEED_FORWARD,

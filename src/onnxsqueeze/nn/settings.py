@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from pydantic import Field
@@ -36,3 +37,42 @@ class TrainingSettings(Stage):
     def machine_bound(self) -> bool:
         """True where the trained bytes depend on the CPU or GPU model."""
         return machine_bound(self.precision)
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Of each loss; 0 leaves it out. ``temperature`` softens logits; relations are split into ``relation_heads``."""
+
+    task: float
+    logits: float = 0.0
+    hidden: float = 0.0
+    attention: float = 0.0
+    relations: float = 0.0
+    temperature: float = 1.0
+    relation_heads: int = 1
+
+    @property
+    def token_by_token(self) -> tuple[str, ...]:
+        """The settings of those losses that need the teacher's tokens to be the student's."""
+        return tuple(f"alpha_{name}" for name in ("hidden", "attention", "relations") if getattr(self, name) > 0)
+
+    @property
+    def taught(self) -> bool:
+        """Whether a teacher has a part in it."""
+        return self.logits > 0 or bool(self.token_by_token)
+
+
+class TaughtSettings(TrainingSettings):
+    """Training beside a teacher, where there is one. Losses: `onnxsqueeze.nn.losses`."""
+
+    teacher: str | None = Field(
+        None, description="Id of the stage above whose result teaches, or 'model'; default: the last finetune above"
+    )
+    temperature: float = Field(2.0, gt=0, description="Softens the logits of teacher and student")
+    alpha_task: float = Field(0.5, ge=0, description="Weight of the loss against the labels, where there is a teacher")
+    alpha_logits: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's logits, where there is a teacher")
+    alpha_hidden: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's hidden states, where there is a teacher")
+
+    def loss_weights(self) -> LossWeights:
+        """What the losses beside a teacher weigh."""
+        return LossWeights(self.alpha_task, self.alpha_logits, self.alpha_hidden, temperature=self.temperature)

@@ -119,7 +119,7 @@ def of(model: nn.Module, family: Family) -> Structure:
         neurons.append(matrix(layer, family.feed_forward[0]).out_features)
         found = ((path, matrix(layer, path)) for path in (*family.attention, *family.feed_forward))
         ranks.append({path: module.rank for path, module in found if isinstance(module, FactoredLinear)})
-    words = model.get_submodule(family.words)
+    words = model.get_submodule(family.table_of_words)
     first: dict[int, int] = {}
     shared = tuple(first.setdefault(id(layer), i) for i, layer in enumerate(layers(model, family)))
     rank = words.rank if isinstance(words, FactoredEmbedding) else None
@@ -142,9 +142,9 @@ def build(model: PreTrainedModel, family: Family, structure: Structure) -> None:
         _tell(layer, family, heads, structure.head_size)
     share(model, family, structure.shared)
     if structure.vocabulary_rank is not None:
-        words = cast("nn.Embedding", model.get_submodule(family.words))
+        words = cast("nn.Embedding", model.get_submodule(family.table_of_words))
         table = FactoredEmbedding(words.num_embeddings, words.embedding_dim, structure.vocabulary_rank, words.padding_idx)
-        replace_module(model, family.words, table)
+        replace_module(model, family.table_of_words, table)
     note(model, structure)
 
 

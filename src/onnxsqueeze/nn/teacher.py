@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import tokenize
 import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,21 +27,39 @@ if TYPE_CHECKING:
 _LOGITS_FILE = "teacher_logits.npy"
 
 
-def load(teacher: Path, parent: Path, context: Context, *, eager_attention: bool = False) -> tuple[PreTrainedModel, Family]:
-    """The teacher on the training device, in evaluation mode, without gradients.
+@dataclass(frozen=True)
+class Teacher:
+    """A model that teaches, and the training rows as its own tokenizer reads them."""
 
-    Raises StageError where its tokenizer is not the student's: the two would not see the same tokens.
-    """
-    if (teacher / "tokenizer.json").read_bytes() != (parent / "tokenizer.json").read_bytes():
-        raise StageError(
-            f"{teacher.name}: its tokenizer.json is not that of {parent.name}", remedy="name a teacher that shares the student's tokenizer"
-        )
-    model, family = checkpoint.load(teacher, context.task, eager_attention=eager_attention)
+    model: PreTrainedModel
+    family: Family
+    examples: batches.Examples
+
+    def inputs(self, batch: training.Batch) -> dict[str, torch.Tensor]:
+        """What the teacher reads for the rows of a student's batch."""
+        return training.inputs(self.family, self.examples, batch.index.tolist())
+
+
+def load(folder: Path, context: Context, *, eager_attention: bool = False) -> Teacher:
+    """The teacher on the training device, in evaluation mode, without gradients."""
+    model, family = checkpoint.load(folder, context.task, eager_attention=eager_attention)
     training.place(model.requires_grad_(requires_grad=False))
-    return model, family
+    return Teacher(model, family, batches.encode(folder, context.train.rows, context.task.max_length))
 
 
-def logits(model: PreTrainedModel, family: Family, examples: batches.Examples, precision: Precision, context: Context) -> torch.Tensor:
+def require_same_tokens(name: str, settings: Sequence[str], folder: Path, parent: Path, context: Context) -> None:
+    """Raise StageError where the teacher's tokens are not the student's, which losses token by token (``settings`` weigh them) need."""
+    rows = context.train.rows
+    differ = batches.cut_otherwise(folder, parent, rows, context.task.max_length)
+    if differ:
+        raise StageError(
+            f"{name}: {', '.join(settings)}: the teacher's tokenizer cuts {differ} of {len(rows)} training rows into other tokens than the student's",
+            remedy=f"set {' and '.join(f'{setting}: 0' for setting in settings)} (logits alone need no equal tokens), or keep the pieces of the "
+            "training rows where the vocabulary is pruned (min_count: 1 and no size)",
+        )
+
+
+def logits(teacher: Teacher, precision: Precision, context: Context) -> torch.Tensor:
     """The teacher's logits ``[rows, outputs]`` on all training rows, computed once and kept in ``context.checkpoint``.
 
     A kept file that cannot be read is made again, and the progress says so.
@@ -51,9 +71,9 @@ def logits(model: PreTrainedModel, family: Family, examples: batches.Examples, p
         note = "the teacher's logits, anew: the saved ones could not be read" if known else "the teacher's logits"
         torch.set_num_threads(context.threads)
         found = training.predict(
-            model,
-            family,
-            examples,
+            teacher.model,
+            teacher.family,
+            teacher.examples,
             precision=training.effective_precision(precision),
             progress=lambda done, total: context.progress(done, total, note),
         )

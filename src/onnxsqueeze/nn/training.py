@@ -12,7 +12,7 @@ import pickle
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -306,8 +306,8 @@ def score(model: nn.Module, family: Family, selection: Examples, context: Contex
     return found if math.isfinite(found) else None
 
 
-def inputs(family: Family, examples: Examples, rows: list[int]) -> dict[str, Tensor]:
-    """The inputs ``[rows, tokens]`` of these rows, padded to the longest, on `device`."""
+def inputs(family: Family, examples: Examples, rows: Sequence[int]) -> dict[str, Tensor]:
+    """What a model of ``family`` reads for these rows, on the training device: ``{name: [batch, tokens] int64}``, padded to the longest."""
     arrays = pad([examples.encoded[i] for i in rows], examples.pad_id)
     return {name: torch.from_numpy(arrays[name]).to(device()) for name in family.inputs()}
 

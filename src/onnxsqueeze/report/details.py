@@ -61,6 +61,7 @@ def run_grids(results: Results) -> list[Grid]:
         _environment(results),
         _weights(measured),
         _trials(measured),
+        _vocabularies(results),
         _stages(results),
         _operators(measured),
         _files(measured),
@@ -181,6 +182,23 @@ def _weights(targets: Sequence[Target]) -> Grid:
         for w in t.weights
     ]
     return grid("Weights in the written files", "Target|Class|Type|#Weights|#Zeros|#Bytes|", rows, secondary=True)
+
+
+def _vocabularies(results: Results) -> Grid:
+    """What pruned vocabularies make of texts."""
+    stages = {_identity(s): s for s in (*results.stages, *(s for t in results.targets for s in t.stages)) if s.kind == "prune-vocabulary"}
+    rows = []
+    for stage in stages.values():
+        details = stage.changed.get("details") or {}
+        for name in ("train", "selection", "out_of_domain"):
+            if name in details:
+                found = details[name]
+                pairs = [f"{found[f'{key}_before']:.2f} → {found[key]:.2f}" for key in ("tokens_per_text", "unknown_pct", "cut_pct")]
+                same = f"{found['same_class_pct']:.1f}" if "same_class_pct" in found else MISSING
+                rows.append((stage.id, name.replace("_", " "), whole(found["texts"]), f"{found['changed_pct']:.1f}", *pairs, same))
+    note = "Before → after. Unknown: % of the tokens that stand for what cannot be read; cut off: % of the texts that are longer than the task's max_length."
+    head = "Stage|Texts|#Texts|#% changed|#Tokens a text|#Unknown, %|#Cut off, %|#Same class, %"
+    return grid("Vocabulary", head, rows, note=note, secondary=True)
 
 
 def _stages(results: Results) -> Grid:

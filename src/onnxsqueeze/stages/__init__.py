@@ -13,6 +13,7 @@ from onnxsqueeze.stages.finetune import Finetune
 from onnxsqueeze.stages.float16 import Float16
 from onnxsqueeze.stages.optimize_graph import OptimizeGraph
 from onnxsqueeze.stages.prune_structure import PruneStructure
+from onnxsqueeze.stages.prune_vocabulary import PruneVocabulary
 from onnxsqueeze.stages.prune_weights import PruneWeights
 from onnxsqueeze.stages.quantize_dynamic import QuantizeDynamic
 from onnxsqueeze.stages.quantize_inc import QuantizeInc
@@ -31,6 +32,7 @@ AnyStage = Annotated[
     | ShareLayers
     | TrainQuantized
     | TrainLowBit
+    | PruneVocabulary
     | Export
     | QuantizeDynamic
     | QuantizeStatic
@@ -50,6 +52,7 @@ __all__ = [
     "Float16",
     "OptimizeGraph",
     "PruneStructure",
+    "PruneVocabulary",
     "PruneWeights",
     "QuantizeDynamic",
     "QuantizeInc",

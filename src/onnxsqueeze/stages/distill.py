@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -11,11 +12,11 @@ from pydantic import Field, model_validator
 from onnxsqueeze.artifact import Artifact
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.nn.family import family_of
-from onnxsqueeze.nn.settings import TrainingSettings
+from onnxsqueeze.nn.settings import LossWeights, TaughtSettings
 from onnxsqueeze.stage import Changed, Context
 
 
-class Distill(TrainingSettings):
+class Distill(TaughtSettings):
     """Keeps some layers of the parent, with its embeddings and head, and trains them on a weighted sum of losses.
 
     Source: initialisation from the teacher's layers, Sanh et al. 2019, "DistilBERT", section 3; losses, `onnxsqueeze.nn.losses`.
@@ -24,18 +25,11 @@ class Distill(TrainingSettings):
     needs_teacher: ClassVar[bool] = True
 
     kind: Literal["distill"] = "distill"
-    teacher: str | None = Field(
-        None, description="Id of the stage above whose result teaches, or 'model'; default: the last finetune above"
-    )
     layers: Annotated[int, Field(ge=1)] | tuple[int, ...] = Field(3, description="How many layers to keep, or which, counted from 0")
     choose: Literal["even", "useful"] = Field(
         "even", description="Of a number: evenly up to the last, or those without which the loss on some training rows is highest"
     )
     asked_rows: int = Field(512, ge=32, description="Training rows that are asked which layers are useful")
-    temperature: float = Field(2.0, gt=0, description="Softens the logits of teacher and student")
-    alpha_task: float = Field(0.5, ge=0, description="Weight of the loss against the labels")
-    alpha_logits: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's logits")
-    alpha_hidden: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's hidden states")
     alpha_attention: float = Field(0.0, ge=0, description="Weight of the loss against the teacher's attention")
 
     alpha_relations: float = Field(
@@ -44,6 +38,11 @@ class Distill(TrainingSettings):
         description="Weight of the loss against how queries, keys and values of the teacher's last layer relate; widths may differ",
     )
     relation_heads: int = Field(12, ge=1, description="Into how many heads relations are split; must divide both widths")
+
+    def loss_weights(self) -> LossWeights:
+        """With attention and relations."""
+        known = super().loss_weights()
+        return replace(known, attention=self.alpha_attention, relations=self.alpha_relations, relation_heads=self.relation_heads)
 
     @model_validator(mode="after")
     def _has_a_loss(self) -> Self:
@@ -79,22 +78,12 @@ class Distill(TrainingSettings):
             kept = importance.layers_to_keep(model, family, asked, self.layers)
         structure.keep_layers(model, family, kept)
         lessons = distillation.Distillation(
-            distillation.Weights(
-                self.alpha_task,
-                self.alpha_logits,
-                self.alpha_hidden,
-                self.alpha_attention,
-                self.temperature,
-                self.alpha_relations,
-                self.relation_heads,
-            ),
+            self,
             model,
             family,
-            examples,
             context,
-            precision=self.precision,
             parent=parent.path,
-            teacher_folder=teacher.path,
+            teacher_folder=teacher.path if teacher else None,
             kept=kept,
             of=had,
         )

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from onnxsqueeze.artifact import Artifact
 from onnxsqueeze.errors import StageError
-from onnxsqueeze.nn.settings import TrainingSettings
+from onnxsqueeze.nn.settings import TaughtSettings
 from onnxsqueeze.stage import Changed, Context
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _BATCH = 32
 
 
-class Factorize(TrainingSettings):
+class Factorize(TaughtSettings):
     """Low-rank factors of the layers' matrices, each with a rank of its own, and of the table of words; then training beside the teacher.
 
     Source: the nearest matrix of a rank, Eckart and Young 1936; nearest on what flows through it, Wang et al. 2024, "SVD-LLM"; the table, Lan et al.
@@ -30,9 +30,6 @@ class Factorize(TrainingSettings):
     """
 
     kind: Literal["factorize"] = "factorize"
-    teacher: str | None = Field(
-        None, description="Id of the stage above whose result teaches, or 'model'; default: the last finetune above"
-    )
     share: float | None = Field(0.5, gt=0, lt=1, description="Part of the layers' matrices' weights that is left; null: they stay whole")
     vocabulary_rank: int | None = Field(None, ge=1, description="Rank of the table of words; default: it stays whole")
     weighting: Literal["activations", "none"] = Field(
@@ -41,10 +38,6 @@ class Factorize(TrainingSettings):
     )
     asked_rows: int = Field(512, ge=32, description="Training rows whose activations are looked at")
     multiple_of: int = Field(8, ge=1, description="Ranks are a multiple of it")
-    temperature: float = Field(2.0, gt=0, description="Softens the logits of teacher and student")
-    alpha_task: float = Field(0.5, ge=0, description="Weight of the loss against the labels, where there is a teacher")
-    alpha_logits: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's logits, where there is a teacher")
-    alpha_hidden: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's hidden states, where there is a teacher")
 
     @model_validator(mode="after")
     def _factors_something(self) -> Self:
@@ -77,12 +70,10 @@ class Factorize(TrainingSettings):
             )
         deep = len(families.layers(model, family))
         lessons = distillation.Distillation(
-            distillation.Weights(self.alpha_task, self.alpha_logits, self.alpha_hidden, temperature=self.temperature),
+            self,
             model,
             family,
-            examples,
             context,
-            precision=self.precision,
             parent=parent.path,
             teacher_folder=teacher.path if teacher else None,
             kept=range(deep),
@@ -176,13 +167,13 @@ class Factorize(TrainingSettings):
 
         from onnxsqueeze.nn import factors, structure
 
-        table = model.get_submodule(family.words)
+        table = model.get_submodule(family.table_of_words)
         assert isinstance(table, nn.Embedding)  # noqa: S101  # nothing is in factors, as the caller has found
         frequency = torch.zeros(table.num_embeddings)
         for row in examples.encoded:
             frequency += torch.bincount(torch.tensor(row.ids), minlength=table.num_embeddings)
         weighting = frequency if self.weighting == "activations" else None
-        structure.replace_module(model, family.words, factors.factored_table(table, rank, weighting))
+        structure.replace_module(model, family.table_of_words, factors.factored_table(table, rank, weighting))
 
 
 def _weights(model: PreTrainedModel) -> int:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from onnxsqueeze.artifact import Artifact
 from onnxsqueeze.errors import StageError
-from onnxsqueeze.nn.settings import TrainingSettings
+from onnxsqueeze.nn.settings import TaughtSettings
 from onnxsqueeze.stage import Changed, Context
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Budget(BaseModel):
         return self.limit if self.limit is not None else (self.share or 0.5) * full
 
 
-class PruneStructure(TrainingSettings):
+class PruneStructure(TaughtSettings):
     """Removes attention heads and feed-forward neurons by importance, a few more with every step of the training; layers may end up unequal.
 
     Whole layers and hidden units, where asked for, go before the training starts. Source: importance, `onnxsqueeze.nn.gates` and
@@ -66,9 +66,6 @@ class PruneStructure(TrainingSettings):
     """
 
     kind: Literal["prune-structure"] = "prune-structure"
-    teacher: str | None = Field(
-        None, description="Id of the stage above whose result teaches, or 'model'; default: the last finetune above"
-    )
     budget: Budget | None = Field(Budget(), description="What heads and neurons may cost in the end; null: they all stay")
     importance: Literal["taylor", "magnitude", "gates"] = Field(
         "taylor", description="Of a head or neuron: the loss's gradient by it, the size of its weights, or a gate that is learned"
@@ -78,10 +75,6 @@ class PruneStructure(TrainingSettings):
     asked_rows: int = Field(512, ge=32, description="Training rows that are asked which layers and hidden units matter")
     multiple_of: int = Field(32, ge=1, description="Neurons of a layer are a multiple of it: products of odd widths are slow")
     recovery: float = Field(0.5, ge=0, lt=1, description="Last fraction of all steps, trained with the final structure")
-    temperature: float = Field(2.0, gt=0, description="Softens the logits of teacher and student")
-    alpha_task: float = Field(0.5, ge=0, description="Weight of the loss against the labels, where there is a teacher")
-    alpha_logits: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's logits, where there is a teacher")
-    alpha_hidden: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's hidden states, where there is a teacher")
 
     @model_validator(mode="after")
     def _prunes_something(self) -> Self:
@@ -119,12 +112,10 @@ class PruneStructure(TrainingSettings):
             full = self._cost_of_all(model, family, times)
             kept = self._cut_whole(model, family, parent, context)
             lessons = distillation.Distillation(
-                distillation.Weights(self.alpha_task, self.alpha_logits, self.alpha_hidden, temperature=self.temperature),
+                self,
                 model,
                 family,
-                examples,
                 context,
-                precision=self.precision,
                 parent=parent.path,
                 teacher_folder=teacher.path if teacher else None,
                 kept=kept,

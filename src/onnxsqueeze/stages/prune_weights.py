@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from onnxsqueeze.artifact import Artifact
 from onnxsqueeze.errors import StageError
-from onnxsqueeze.nn.settings import TrainingSettings
+from onnxsqueeze.nn.settings import TaughtSettings
 from onnxsqueeze.stage import Changed, Context
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _LAYER = re.compile(r".*?\.layer\.\d+\.")  # in the name of a weight: up to the 
 _TOLERANCE = 0.001  # of the weights: equal magnitudes at the threshold fall together
 
 
-class PruneWeights(TrainingSettings):
+class PruneWeights(TaughtSettings):
     """Sets single weights to zero while training: zeros make a file smaller where it is packed, and make nothing faster.
 
     Source: Zhu and Gupta 2017, "To prune, or not to prune" (schedule); Sanh et al. 2020, "Movement Pruning" (the criterion, and in section 4 a dense
@@ -30,9 +30,6 @@ class PruneWeights(TrainingSettings):
     """
 
     kind: Literal["prune-weights"] = "prune-weights"
-    teacher: str | None = Field(
-        None, description="Id of the stage above whose result teaches, or 'model'; default: the last finetune above"
-    )
     sparsity: float = Field(0.5, gt=0, lt=1, description="Share of the pruned matrices' weights that is zero in the end")
     criterion: Literal["magnitude", "movement"] = Field(
         "magnitude", description="Prune what is small, or what training moves towards zero (better above about 80 %)"
@@ -47,10 +44,8 @@ class PruneWeights(TrainingSettings):
     )
     curve: Literal["cubic", "linear", "once"] = Field("cubic", description="How the sparsity rises between warm-up and recovery")
     embeddings: bool = Field(default=False, description="Prune the embeddings, too")
+    alpha_hidden: float = Field(0.0, ge=0, description="Weight of the loss against the teacher's hidden states, where there is a teacher")
     recovery: float = Field(0.34, ge=0, lt=1, description="Last fraction of all steps, trained at the final sparsity")
-    temperature: float = Field(2.0, gt=0, description="Softens the logits of teacher and student")
-    alpha_task: float = Field(0.5, ge=0, description="Weight of the loss against the labels, where there is a teacher")
-    alpha_logits: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's logits, where there is a teacher")
 
     @model_validator(mode="after")
     def _prunes_nothing_frozen(self) -> Self:
@@ -82,6 +77,7 @@ class PruneWeights(TrainingSettings):
         task = context.task
         model, family = checkpoint.load(parent.path, task)
         names = list(families.linear_weights(model, family)) + (list(families.embedding_weights(model, family)) if self.embeddings else [])
+        deep = len(families.layers(model, family))
         pattern = _numbers(self.pattern) if self.pattern else None
         self._require_whole_rows(model, names, pattern)
         pruned = masks.Masks(model, _groups(names, self.scope), self.criterion, pattern)
@@ -94,14 +90,14 @@ class PruneWeights(TrainingSettings):
 
         examples = batches.encode(parent.path, context.train.rows, task.max_length)
         lessons = distillation.Distillation(
-            distillation.Weights(self.alpha_task, self.alpha_logits, temperature=self.temperature),
+            self,
             model,
             family,
-            examples,
             context,
-            precision=self.precision,
             parent=parent.path,
-            teacher_folder=teacher.path if teacher and self.alpha_logits > 0 else None,
+            teacher_folder=teacher.path if teacher else None,
+            kept=range(deep),
+            of=deep,
         )
         total = math.ceil(len(examples) / self.batch_size) * self.epochs
         last = max(1, math.floor(total * (1 - self.recovery)))

@@ -9,11 +9,11 @@ from pydantic import Field
 
 from onnxsqueeze.artifact import Artifact
 from onnxsqueeze.errors import StageError
-from onnxsqueeze.nn.settings import TrainingSettings
+from onnxsqueeze.nn.settings import TaughtSettings
 from onnxsqueeze.stage import Changed, Context
 
 
-class ShareLayers(TrainingSettings):
+class ShareLayers(TaughtSettings):
     """The layers are as many as before, but only some are different; those are trained in all their places at once, beside the teacher.
 
     Smaller, not faster. Source: Lan et al. 2020, "ALBERT", section 3.1 (sharing); Takase and Kiyono 2023, "Lessons on Parameter Sharing across Layers
@@ -21,9 +21,6 @@ class ShareLayers(TrainingSettings):
     """
 
     kind: Literal["share-layers"] = "share-layers"
-    teacher: str | None = Field(
-        None, description="Id of the stage above whose result teaches, or 'model'; default: the last finetune above"
-    )
     distinct: int = Field(2, ge=1, description="How many different layers there are in the end")
     order: Literal["sequence", "cycle"] = Field("sequence", description="aabbcc or abcabc")
     start: Literal["useful", "even"] = Field(
@@ -31,10 +28,6 @@ class ShareLayers(TrainingSettings):
         description="Which layers they are at the start: those without which the loss is highest, or the last of each of equal parts",
     )
     asked_rows: int = Field(512, ge=32, description="Training rows that are asked which layers are useful")
-    temperature: float = Field(2.0, gt=0, description="Softens the logits of teacher and student")
-    alpha_task: float = Field(0.5, ge=0, description="Weight of the loss against the labels, where there is a teacher")
-    alpha_logits: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's logits, where there is a teacher")
-    alpha_hidden: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's hidden states, where there is a teacher")
 
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:
         """Write the best epoch; counts the weights that are gone from the written file.
@@ -72,12 +65,10 @@ class ShareLayers(TrainingSettings):
 
         examples, selection = (batches.encode(parent.path, rows.rows, task.max_length) for rows in (context.train, context.selection))
         lessons = distillation.Distillation(
-            distillation.Weights(self.alpha_task, self.alpha_logits, self.alpha_hidden, temperature=self.temperature),
+            self,
             model,
             family,
-            examples,
             context,
-            precision=self.precision,
             parent=parent.path,
             teacher_folder=teacher.path if teacher else None,
             kept=range(deep),

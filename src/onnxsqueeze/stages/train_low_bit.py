@@ -11,23 +11,20 @@ from pydantic import Field, model_validator
 
 from onnxsqueeze.artifact import Artifact
 from onnxsqueeze.errors import StageError
-from onnxsqueeze.nn.settings import TrainingSettings
+from onnxsqueeze.nn.settings import TaughtSettings
 from onnxsqueeze.stage import Changed, Context
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class TrainLowBit(TrainingSettings):
+class TrainLowBit(TaughtSettings):
     """Every weight of the layers ends on one of few values of its row (or matrix); training moves the weights behind them, beside the teacher.
 
     The file stays as large as it was until something packs it: what it holds is the entropy that the record states. Source: `onnxsqueeze.nn.levels`.
     """
 
     kind: Literal["train-low-bit"] = "train-low-bit"
-    teacher: str | None = Field(
-        None, description="Id of the stage above whose result teaches, or 'model'; default: the last finetune above"
-    )
     method: Literal["binary-greedy", "binary", "ternary", "code-book"] = Field(
         "code-book", description="Sums of one sign and scale a bit, fitted greedily or in the least squares; 0 and ± a scale; or any values"
     )
@@ -35,10 +32,6 @@ class TrainLowBit(TrainingSettings):
     scope: Literal["row", "matrix"] = Field("row", description="Who shares values: the weights of one output, or of one matrix")
     embeddings: bool = Field(default=False, description="The tables of words, positions and token types, too")
     renew: int = Field(50, ge=1, description="Steps after which the values are fitted again")
-    temperature: float = Field(2.0, gt=0, description="Softens the logits of teacher and student")
-    alpha_task: float = Field(0.5, ge=0, description="Weight of the loss against the labels, where there is a teacher")
-    alpha_logits: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's logits, where there is a teacher")
-    alpha_hidden: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's hidden states, where there is a teacher")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -64,12 +57,10 @@ class TrainLowBit(TrainingSettings):
         training.place(model)
         moved = levels.OnLevels(model, names, self.method, self.bits, per_row=self.scope == "row")
         lessons = distillation.Distillation(
-            distillation.Weights(self.alpha_task, self.alpha_logits, self.alpha_hidden, temperature=self.temperature),
+            self,
             model,
             family,
-            examples,
             context,
-            precision=self.precision,
             parent=parent.path,
             teacher_folder=teacher.path if teacher else None,
             kept=range(deep),

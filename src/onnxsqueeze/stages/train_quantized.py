@@ -8,12 +8,12 @@ from typing import Literal
 from pydantic import Field
 
 from onnxsqueeze.artifact import Artifact
-from onnxsqueeze.nn.settings import TrainingSettings
+from onnxsqueeze.nn.settings import TaughtSettings
 from onnxsqueeze.stage import Changed, Context
 from onnxsqueeze.stages.int8 import ReduceRange, depends_on_machine, seven_bits
 
 
-class TrainQuantized(TrainingSettings):
+class TrainQuantized(TaughtSettings):
     """Trains all weights under fake quantization for `quantize-dynamic`, beside the teacher; gives a checkpoint in float.
 
     The stages behind it must be export and quantize-dynamic with the same ``per_channel`` and ``reduce_range``, or training saw another grid.
@@ -21,17 +21,10 @@ class TrainQuantized(TrainingSettings):
     """
 
     kind: Literal["train-quantized"] = "train-quantized"
-    teacher: str | None = Field(
-        None, description="Id of the stage above whose result teaches, or 'model'; default: the last finetune above"
-    )
     per_channel: bool = Field(
         default=True, description="As in quantize-dynamic: one scale per output of a weight matrix, else one per matrix"
     )
     reduce_range: ReduceRange = Field("auto", description="As in quantize-dynamic")
-    temperature: float = Field(2.0, gt=0, description="Softens the logits of teacher and student")
-    alpha_task: float = Field(0.5, ge=0, description="Weight of the loss against the labels, where there is a teacher")
-    alpha_logits: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's logits, where there is a teacher")
-    alpha_hidden: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's hidden states, where there is a teacher")
 
     def machine_bound(self) -> bool:
         """True where it is trained in bf16, or "auto" chose 7 bits for this CPU."""
@@ -48,12 +41,10 @@ class TrainQuantized(TrainingSettings):
         examples, selection = (batches.encode(parent.path, rows.rows, task.max_length) for rows in (context.train, context.selection))
         deep, seven = len(families.layers(model, family)), seven_bits(self.reduce_range)
         lessons = distillation.Distillation(
-            distillation.Weights(self.alpha_task, self.alpha_logits, self.alpha_hidden, temperature=self.temperature),
+            self,
             model,
             family,
-            examples,
             context,
-            precision=self.precision,
             parent=parent.path,
             teacher_folder=teacher.path if teacher else None,
             kept=range(deep),

@@ -53,6 +53,14 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
+def read_texts(path: Path) -> list[str]:
+    """The lines of a text file, empty ones left out. Raises DataError where it is missing, empty or not UTF-8."""
+    faults = Faults(path)
+    texts = [_text(line, number, faults) for number, line in enumerate(_lines(read_bytes(path)), 1)]
+    faults.raise_any()
+    return [text for text in texts if text and text.strip()]
+
+
 def read_table(path: Path, data: bytes, columns: Sequence[str], faults: Faults) -> Iterator[Record]:
     """The rows of a file by its ending. Raises DataError for an unknown ending, a missing column, a damaged file."""
     if path.suffix == ".tsv":
