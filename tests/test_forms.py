@@ -244,6 +244,8 @@ def test_with_fixed_ranges_each_integer_product_scale_and_bias_is_still_one_kern
     assert not {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulInteger", "MatMul", "Gemm"} & set(found)
     assert found["MatMulIntegerToFloat"] == before["MatMulInteger"] == stock["MatMulIntegerToFloat"] + stock["DynamicQuantizeMatMul"]
     assert (found["Add"], found["Cast"], found["Gelu"]) == (stock["Add"], stock["Cast"], stock["Gelu"]), "biases are in the kernel"
+    made = {name for node in graph.load(written).graph.node if node.op_type == "MatMulIntegerToFloat" for name in node.output}
+    assert made < {name for node in graph.load(base).graph.node for name in node.output}, "records name an activation as before"
     assert {output.name for output in graph.load(written).graph.output} == {"logits"}
     off, scale = difference(base, written, context, optimized=True)
     assert 0 < off <= 0.1 * scale
@@ -253,6 +255,13 @@ def test_a_row_whose_own_ranges_are_fixed_gets_the_integers_that_it_had(
     exported: tuple[Artifact, Artifact, Context], tmp_path: Path
 ) -> None:
     _, int8, context = exported
+    model, random = graph.load(int8.onnx), np.random.default_rng(0)
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith("bias"):  # a fresh model's are zeros, which nobody would miss
+            tensor.CopyFrom(numpy_helper.from_array(random.normal(size=tuple(tensor.dims)).astype(np.float32), tensor.name))
+    (tmp_path / "biased").mkdir()
+    copy_side_files(int8.path, tmp_path / "biased")
+    int8 = artifact(graph.save(model, tmp_path / "biased").parent, "onnx")
     names = [name for name in NAMES if name != "static-ranges"]
     base, _ = rewritten(int8, tmp_path / "base", names)
     one = replace(context, train=replace(context.train, rows=context.train.rows[7:8]))
@@ -260,6 +269,20 @@ def test_a_row_whose_own_ranges_are_fixed_gets_the_integers_that_it_had(
     feeds = list(calibration.feeds(base, one, 1))
     (before,), (after,) = (calibration.logits(path, feeds, 1, optimized=False) for path in (base, written))
     assert float(np.abs(before - after).max()) <= 2.0**-16 * float(np.abs(before).max())
+
+
+def test_with_fixed_ranges_a_row_gets_the_same_answer_whatever_shares_its_call(
+    exported: tuple[Artifact, Artifact, Context], tmp_path: Path
+) -> None:
+    _, int8, context = exported
+    base, _ = rewritten(int8, tmp_path / "base", NAMES)
+    written, _ = rewritten(int8, tmp_path / "fixed", NAMES, measured(base, tmp_path / "probe", context))
+    alone, together = (list(calibration.feeds(base, context, 32, batch)) for batch in (1, 32))
+    moved = {}
+    for path in (base, written):
+        one, all_ = (np.concatenate(calibration.logits(path, feeds, 1)) for feeds in (alone, together))
+        moved[path] = float(np.abs(one - all_).max() / np.abs(all_).max())
+    assert moved[written] < 2.0**-10 < moved[base], "what rounds otherwise in a batch is the range"
 
 
 def test_an_activation_that_something_else_reads_stays_dynamic(exported: tuple[Artifact, Artifact, Context], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """static-ranges: activations are quantized by ranges measured beforehand; nothing looks for their smallest and largest value at run time.
 
-DynamicQuantizeLinear reads its input twice, first for the range. Where a range is noted on the value (`edit.note_ranges`), QuantizeLinear
+DynamicQuantizeLinear reads its input twice, first for the range, which is that of all rows of the call; with a fixed one a row's answer
+no longer depends on what shares its call. Where a range is noted on the value (`edit.note_ranges`), QuantizeLinear
 takes its place. A session would compute the product of the two scales ahead, as both are then constant, and after that no longer
 recognise the integer product, its scale and its bias as one; so they are written as the one node that it fuses them to. QuantizeLinear
 is com.microsoft's too: ONNX's own has no kernel for opset 23, that of attention-operator, before ONNX Runtime 1.24.

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxsqueeze import graph
-from onnxsqueeze.forms import Range
 from onnxsqueeze.stage import Context
 from onnxsqueeze.stages import calibration
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from onnxsqueeze.forms import Range
 
 _ROWS = 128  # as many as quantize-static takes
 _COST_ROWS = 16  # of them, to weigh the ranges by: for a ranking
