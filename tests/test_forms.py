@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,9 @@ from exports import build, export
 from models import FAMILIES, FamilyName, artifact
 from onnxsqueeze import forms, graph
 from onnxsqueeze.artifact import Artifact, copy_side_files
+from onnxsqueeze.forms import edit
 from onnxsqueeze.stage import Context
-from onnxsqueeze.stages import calibration
+from onnxsqueeze.stages import calibration, ranges
 from onnxsqueeze.stages.quantize_dynamic import QuantizeDynamic
 from onnxsqueeze.stages.quantize_inc import QuantizeInc
 
@@ -32,9 +35,15 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return parent, build(QuantizeDynamic(), parent, folder / "int8", context)[0], context
 
 
-def rewritten(parent: Artifact, folder: Path, names: Sequence[str]) -> tuple[Path, dict[str, int]]:
+def rewritten(
+    parent: Artifact, folder: Path, names: Sequence[str], known: Mapping[str, forms.Range] | None = None
+) -> tuple[Path, dict[str, int]]:
     model = forms.read(graph.load(parent.onnx))
-    counts = {form.name: form.apply(model) for form in forms.FORMS if form.name in names}
+    counts: dict[str, int] = {}
+    for form in forms.FORMS:
+        if form.name in names:
+            forms.note_ranges(model, known or {})
+            counts[form.name] = form.apply(model)
     folder.mkdir()
     copy_side_files(parent.path, folder)
     return graph.save(forms.write(model), folder), counts
@@ -47,17 +56,28 @@ def difference(one: Path, other: Path, context: Context, *, optimized: bool) -> 
     return max(float(np.abs(x - y).max()) for x, y in zip(a, b, strict=True)), max(float(np.abs(x).max()) for x in a)
 
 
+def measured(model: Path, folder: Path, context: Context) -> dict[str, forms.Range]:
+    """The ranges of what ``model`` quantizes at run time."""
+    folder.mkdir()
+    copy_side_files(model.parent, folder)
+    return {found.name: found.range for found in ranges.measured(model, folder, context)}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_form_does_no_more_than_it_says(exported: tuple[Artifact, Artifact, Context], tmp_path: Path, name: str) -> None:
     form = next(form for form in forms.FORMS if form.name == name)
     before = ["constant-shapes", "compact-mask", "folded-scale"][: NAMES.index(name)]  # what the others build on
     for parent, effect in ((exported[0], form.effect), (exported[1], form.quantized)):
         base, _ = rewritten(parent, tmp_path / f"{parent.path.name}-base", before)
-        written, counts = rewritten(parent, tmp_path / f"{parent.path.name}-{name}", [*before, name])
-        assert counts[name] or name == "compact-mask", "ELECTRA's export never spreads its mask"
-        graph.check(written, like=parent.onnx)
+        known = measured(base, tmp_path / f"{parent.path.name}-probe", exported[2])
+        written, counts = rewritten(parent, tmp_path / f"{parent.path.name}-{name}", [*before, name], known)
+        if effect == "finds nothing":
+            assert (counts[name], known) == (0, {}), "a float graph quantizes nothing"
+        else:
+            assert counts[name] or name == "compact-mask", "ELECTRA's export never spreads its mask"
+        graph.check(written, like=parent.onnx, inputs="int32" if name == "int32-inputs" else None)
         off, scale = difference(base, written, exported[2], optimized=False)
-        limit = {"same bits": 0.0, "float noise": 2.0**-16 * scale, "other rounding": 0.1 * scale}[effect]
+        limit = {"float noise": 2.0**-16 * scale, "other rounding": 0.1 * scale, "other quantization": 0.1 * scale}.get(effect, 0.0)
         if parent is exported[1] and effect == "float noise":
             limit = 0.1 * scale  # noise can turn a rounding
         assert off <= limit
@@ -102,7 +122,7 @@ def _rows_of_products(path: Path, context: Context) -> list[int]:
     model.graph.output.extend(helper.make_tensor_value_info(n.output[0], kinds[n.op_type], None) for n in products)
     probe = path.parent / "probe.onnx"
     onnx.save(model, probe)
-    names = calibration.input_names(probe)
+    names = list(calibration.input_types(probe))
     batch = calibration.shapes(path.parent, context)[2]
     outputs: list[NDArray[np.float32]] = calibration.session(probe, 1).run(None, {name: batch[name] for name in names})
     return [int(np.prod(output.shape[:-1])) for output in outputs]
@@ -196,3 +216,124 @@ def test_a_graph_of_an_older_opset_stays_in_it(exported: tuple[Artifact, Artifac
     written, counts = rewritten(artifact(old.parent, "onnx"), tmp_path / "all", NAMES)
     assert (counts["attention-operator"], counts["sequence-first"]) == (0, 2)
     assert {entry.version for entry in graph.load(written).opset_import if not entry.domain} == {17}
+
+
+def stock_operators(path: Path) -> Counter[str]:
+    """What a session with default optimizations makes of the file."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(path.with_name("optimized.onnx"))
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in graph.load(Path(options.optimized_model_filepath)).graph.node)
+
+
+@pytest.mark.parametrize("stage", [QuantizeDynamic(), QuantizeInc()], ids=lambda stage: str(stage.name))
+def test_with_fixed_ranges_each_integer_product_scale_and_bias_is_still_one_kernel(
+    exported: tuple[Artifact, Artifact, Context], tmp_path: Path, stage: QuantizeDynamic | QuantizeInc
+) -> None:
+    parent, context = exported[0], exported[2]
+    int8, _ = build(stage, parent, tmp_path / "int8", context)
+    base, _ = rewritten(int8, tmp_path / "base", NAMES)
+    before, stock = graph.operators(base), stock_operators(base)
+    assert not stock["MatMulInteger"], "the session fuses dynamic ones"
+    written, counts = rewritten(int8, tmp_path / "fixed", NAMES, measured(base, tmp_path / "probe", context))
+    assert counts["static-ranges"] == before["DynamicQuantizeLinear"] > 9
+    found = stock_operators(written)
+    assert not {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulInteger", "MatMul", "Gemm"} & set(found)
+    assert found["MatMulIntegerToFloat"] == before["MatMulInteger"] == stock["MatMulIntegerToFloat"] + stock["DynamicQuantizeMatMul"]
+    assert (found["Add"], found["Cast"], found["Gelu"]) == (stock["Add"], stock["Cast"], stock["Gelu"]), "biases are in the kernel"
+    made = {name for node in graph.load(written).graph.node if node.op_type == "MatMulIntegerToFloat" for name in node.output}
+    assert made < {name for node in graph.load(base).graph.node for name in node.output}, "records name an activation as before"
+    assert {output.name for output in graph.load(written).graph.output} == {"logits"}
+    off, scale = difference(base, written, context, optimized=True)
+    assert 0 < off <= 0.1 * scale
+
+
+def test_a_row_whose_own_ranges_are_fixed_gets_the_integers_that_it_had(
+    exported: tuple[Artifact, Artifact, Context], tmp_path: Path
+) -> None:
+    _, int8, context = exported
+    model, random = graph.load(int8.onnx), np.random.default_rng(0)
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith("bias"):  # a fresh model's are zeros, which nobody would miss
+            tensor.CopyFrom(numpy_helper.from_array(random.normal(size=tuple(tensor.dims)).astype(np.float32), tensor.name))
+    (tmp_path / "biased").mkdir()
+    copy_side_files(int8.path, tmp_path / "biased")
+    int8 = artifact(graph.save(model, tmp_path / "biased").parent, "onnx")
+    names = [name for name in NAMES if name != "static-ranges"]
+    base, _ = rewritten(int8, tmp_path / "base", names)
+    one = replace(context, train=replace(context.train, rows=context.train.rows[7:8]))
+    written, _ = rewritten(int8, tmp_path / "fixed", NAMES, measured(base, tmp_path / "probe", one))
+    feeds = list(calibration.feeds(base, one, 1))
+    (before,), (after,) = (calibration.logits(path, feeds, 1, optimized=False) for path in (base, written))
+    assert float(np.abs(before - after).max()) <= 2.0**-16 * float(np.abs(before).max())
+
+
+def test_with_fixed_ranges_a_row_gets_the_same_answer_whatever_shares_its_call(
+    exported: tuple[Artifact, Artifact, Context], tmp_path: Path
+) -> None:
+    _, int8, context = exported
+    base, _ = rewritten(int8, tmp_path / "base", NAMES)
+    written, _ = rewritten(int8, tmp_path / "fixed", NAMES, measured(base, tmp_path / "probe", context))
+    alone, together = (list(calibration.feeds(base, context, 32, batch)) for batch in (1, 32))
+    moved = {}
+    for path in (base, written):
+        one, all_ = (np.concatenate(calibration.logits(path, feeds, 1)) for feeds in (alone, together))
+        moved[path] = float(np.abs(one - all_).max() / np.abs(all_).max())
+    assert moved[written] < 2.0**-10 < moved[base], "what rounds otherwise in a batch is the range"
+
+
+def test_an_activation_that_something_else_reads_stays_dynamic(exported: tuple[Artifact, Artifact, Context], tmp_path: Path) -> None:
+    model = graph.load(exported[1].onnx)
+    scale = next(node for node in model.graph.node if node.op_type == "DynamicQuantizeLinear").output[1]
+    model.graph.output.append(helper.make_tensor_value_info(scale, TensorProto.FLOAT, []))
+    (tmp_path / "read").mkdir()
+    copy_side_files(exported[1].path, tmp_path / "read")
+    parent = artifact(graph.save(model, tmp_path / "read").parent, "onnx")
+    written, counts = rewritten(parent, tmp_path / "fixed", ["static-ranges"], measured(parent.onnx, tmp_path / "probe", exported[2]))
+    assert graph.operators(written)["DynamicQuantizeLinear"] == 1
+    assert counts["static-ranges"] == graph.operators(parent.onnx)["DynamicQuantizeLinear"] - 1
+
+
+def test_a_file_with_fixed_ranges_can_be_read_again(exported: tuple[Artifact, Artifact, Context], tmp_path: Path) -> None:
+    _, int8, context = exported
+    base, _ = rewritten(int8, tmp_path / "base", NAMES)
+    written, _ = rewritten(int8, tmp_path / "fixed", NAMES, measured(base, tmp_path / "probe", context))
+    again, counts = rewritten(artifact(written.parent, "onnx"), tmp_path / "again", NAMES)
+    assert difference(written, again, context, optimized=False)[0] == 0
+    assert graph.operators(again) == graph.operators(written)
+    assert not any(counts[name] for name in ("folded-scale", "attention-operator", "static-ranges", "int32-inputs"))
+    read = {value.name: value for node in forms.read(graph.load(written)).graph for value in node.outputs}
+    for node in graph.load(written).graph.node:
+        if node.op_type == "MatMulIntegerToFloat":
+            assert (edit.rank(read[node.output[0]]), str(read[node.output[0]].dtype)) in ((3, "FLOAT"), (2, "FLOAT"))
+
+
+def test_int32_inputs_need_no_more_casts(exported: tuple[Artifact, Artifact, Context], tmp_path: Path) -> None:
+    names = [name for name in NAMES if name != "int32-inputs"]
+    for parent in exported[:2]:
+        wide, _ = rewritten(parent, tmp_path / f"{parent.path.name}-wide", names)
+        narrow, counts = rewritten(parent, tmp_path / f"{parent.path.name}-narrow", NAMES)
+        types = calibration.input_types(narrow)
+        assert counts["int32-inputs"] == len(types) >= 2
+        assert set(types.values()) == {"int32"}
+        assert graph.operators(narrow) == graph.operators(wide)
+        assert graph.signature(narrow)["logits"] == ("output", "float32")
+
+
+def test_what_must_have_64_bits_is_cast(exported: tuple[Artifact, Artifact, Context], tmp_path: Path) -> None:
+    model = graph.load(exported[0].onnx)
+    model.graph.node.insert(0, helper.make_node("Mod", ["input_ids", "modulus"], ["rest"]))
+    model.graph.node.insert(1, helper.make_node("Sub", ["input_ids", "rest"], ["whole"]))
+    model.graph.node.append(helper.make_node("Add", ["whole", "rest"], ["same_ids"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(2**40, np.int64), "modulus"))
+    model.graph.output.append(helper.make_tensor_value_info("same_ids", TensorProto.INT64, None))
+    (tmp_path / "wide").mkdir()
+    copy_side_files(exported[0].path, tmp_path / "wide")
+    parent = artifact(graph.save(model, tmp_path / "wide").parent, "onnx")
+    written, _ = rewritten(parent, tmp_path / "narrow", ["int32-inputs"])
+    graph.check(written, like=parent.onnx, inputs="int32")
+    assert graph.operators(written)["Cast"] == graph.operators(parent.onnx).get("Cast", 0) + 1
+    assert difference(parent.onnx, written, exported[2], optimized=False)[0] == 0

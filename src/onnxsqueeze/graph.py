@@ -95,8 +95,11 @@ def operators(path: Path) -> dict[str, int]:
     return dict(sorted(counted.items()))
 
 
-def check(path: Path, like: Path | None = None) -> None:
-    """Raise StageError unless the file is valid ONNX, loads in a stock CPU session, and has the inputs and outputs of ``like``."""
+def check(path: Path, like: Path | None = None, *, inputs: str | None = None) -> None:
+    """Raise StageError unless the file is valid ONNX, loads in a stock CPU session, and has the inputs and outputs of ``like``.
+
+    ``inputs`` is the type that its int64 inputs must have got ("int32").
+    """
     import onnx
     import onnxruntime as ort
 
@@ -108,8 +111,14 @@ def check(path: Path, like: Path | None = None) -> None:
             f"{where}: not valid ONNX: {without_paths(str(error))}",
             remedy="this is a fault of the stage that wrote it: please report the recipe",
         ) from error
-    if like is not None and (here := signature(path)) != (there := signature(like)):
-        raise StageError(f"{where}: inputs and outputs changed: got {_spoken(here)}, the parent has {_spoken(there)}")
+    if like is not None:
+        here, there = signature(path), signature(like)
+        wanted = {
+            name: (side, inputs if inputs and (side, dtype) == ("input", "int64") else dtype) for name, (side, dtype) in there.items()
+        }
+        if here != wanted:
+            meant = f"; its int64 inputs were to become {inputs}" if inputs else ""
+            raise StageError(f"{where}: inputs and outputs changed: got {_spoken(here)}, the parent has {_spoken(there)}{meant}")
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors only; changes nothing that runs
     try:

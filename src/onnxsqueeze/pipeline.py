@@ -140,7 +140,8 @@ class _Maker:
                 remedy=f"see the settings of {step.stage.kind} in the recipe reference, or take the stage out",
             )
         if step.format == "onnx":
-            graph.check(draft / "model.onnx", like=parent.onnx if parent.format == "onnx" else None)
+            like = parent.onnx if parent.format == "onnx" else None
+            graph.check(draft / "model.onnx", like=like, inputs=step.stage.integer_inputs())
         return changed
 
     def branch(self, branch: Branch) -> Made:

@@ -112,6 +112,10 @@ class Stage(BaseModel):
         """What lies behind this stage where ``state`` lies before it."""
         return self.gives
 
+    def integer_inputs(self) -> str | None:
+        """The type that this stage gives the file's inputs ("int32"), or None where they stay as they were."""
+        return None
+
     def timed(self) -> bool:
         """True where the bytes depend on times at the measured shape: that shape joins the key."""
         return False

@@ -1,6 +1,8 @@
 """Graph forms: other ways to write the same model, of which a machine may run one faster.
 
 read(model) → ir.Model  →  form.apply(model), …  →  write(model)
+
+static-ranges reads ranges that `note_ranges` has put on the values before it; without them it finds nothing.
 """
 
 from __future__ import annotations
@@ -11,13 +13,24 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from onnxsqueeze.forms import attention_operator, compact_mask, constant_shapes, first_token, folded_scale, sequence_first, unfused_residual
-from onnxsqueeze.forms.edit import read, write
+from onnxsqueeze.forms import (
+    attention_operator,
+    compact_mask,
+    constant_shapes,
+    first_token,
+    folded_scale,
+    int32_inputs,
+    sequence_first,
+    static_ranges,
+    unfused_residual,
+)
+from onnxsqueeze.forms.edit import Range, note_ranges, read, write
 
-__all__ = ["FORMS", "Effect", "Form", "read", "write"]
+__all__ = ["FORMS", "Effect", "Form", "Range", "note_ranges", "read", "write"]
 
-# What a form may do to the outputs: nothing at all; another order of float additions and products; other roundings to integers.
-Effect = Literal["same bits", "float noise", "other rounding"]
+# What a form may do to the outputs: nothing at all; another order of float additions and products; other roundings to integers;
+# another choice of what is rounded to which integers; or there is nothing for it to do.
+Effect = Literal["same bits", "float noise", "other rounding", "other quantization", "finds nothing"]
 
 
 @dataclass(frozen=True)
@@ -39,4 +52,6 @@ FORMS = (
     Form("attention-operator", "float noise", "float noise", attention_operator.apply),
     Form("sequence-first", "same bits", "same bits", sequence_first.apply),
     Form("unfused-residual", "same bits", "same bits", unfused_residual.apply),
+    Form("static-ranges", "finds nothing", "other quantization", static_ranges.apply),
+    Form("int32-inputs", "same bits", "same bits", int32_inputs.apply),
 )

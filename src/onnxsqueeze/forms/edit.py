@@ -1,8 +1,11 @@
-"""Reading and changing a graph: what the forms share. Values carry symbolic shapes, so that a form can tell batch from tokens."""
+"""Reading and changing a graph: what the forms share.
+
+Values carry symbolic shapes, so that a form can tell batch from tokens, and, where they were measured, the ranges of their content.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import onnx_ir as ir
@@ -12,6 +15,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Dimension = int | str  # a length, or the name of one that the caller chooses ("sequence_length")
+Range = tuple[float, float]  # the smallest and the largest value
+_RANGE = "onnxsqueeze.range"
+_STAND_IN = ":stand-in"
 _FOLDED_ELEMENTS = 1 << 16  # constants are computed ahead up to this size: shapes and scales, never weights
 
 
@@ -23,20 +29,37 @@ def read(model: onnx.ModelProto) -> ir.Model:
     """
     from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-    hidden, plain = {}, model.__class__.FromString(model.SerializeToString())
-    for node in plain.graph.node:
-        # taken for the operator of the same name in com.microsoft; for the shape it is as good as its query
-        if node.op_type == "Attention" and not node.domain and len(node.output) == 1:
-            hidden[node.output[0]] = node.__class__.FromString(node.SerializeToString())
-            node.op_type = "Identity"
-            del node.input[1:], node.attribute[:]
+    plain = model.__class__.FromString(model.SerializeToString())
+    hidden = _hide(plain)
     inferred = _with_shapes(plain)
-    for node in inferred.graph.node:
+    for node in list(inferred.graph.node):
         if node.output[0] in hidden:
             node.CopyFrom(hidden[node.output[0]])
+        elif node.output[0].endswith(_STAND_IN):
+            inferred.graph.node.remove(node)
     found: ir.Model = ir.from_proto(inferred)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(found)
     return found
+
+
+def _hide(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """Put nodes with the same shapes in the place of those that shape inference mistakes or does not know; output → the node that was there."""
+    from onnx import TensorProto, helper
+
+    hidden = {}
+    for node in list(model.graph.node):
+        there = node.__class__.FromString(node.SerializeToString())
+        if node.op_type == "Attention" and not node.domain and len(node.output) == 1:
+            # taken for the operator of the same name in com.microsoft; for the shape it is as good as its query
+            hidden[node.output[0]] = there
+            node.op_type = "Identity"
+            del node.input[1:], node.attribute[:]
+        elif node.op_type == "MatMulIntegerToFloat":
+            hidden[node.output[0]], integers = there, f"{node.output[0]}{_STAND_IN}"
+            at = list(model.graph.node).index(node)
+            node.CopyFrom(helper.make_node("Cast", [integers], [node.output[0]], to=TensorProto.FLOAT))
+            model.graph.node.insert(at, helper.make_node("MatMulInteger", there.input[:2], [integers]))
+    return hidden
 
 
 def _with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -109,6 +132,19 @@ def shape(value: ir.Value | None) -> tuple[Dimension, ...] | None:
     return None if None in found else tuple(d for d in found if d is not None)
 
 
+def note_ranges(model: ir.Model, ranges: Mapping[str, Range]) -> None:
+    """Note on the values of these names, as far as the graph has them now, between what bounds they lie."""
+    for node in model.graph:
+        for value in node.outputs:
+            if (known := ranges.get(str(value.name))) is not None:
+                value.meta[_RANGE] = known
+
+
+def noted_range(value: ir.Value | None) -> Range | None:
+    """What `note_ranges` noted on ``value``."""
+    return value.meta.get(_RANGE) if value is not None else None
+
+
 def rank(value: ir.Value | None) -> int | None:
     """How many dimensions the value has."""
     known = shape(value)
@@ -148,7 +184,9 @@ def with_constant(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:
-    """Every reader of ``old`` reads ``new``."""
+    """Every reader of ``old`` reads ``new``, which also takes its name where the graph gives it out."""
+    if old.is_graph_output():
+        old.name, new.name = f"{old.name}_before", old.name
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 

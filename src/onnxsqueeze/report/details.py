@@ -246,7 +246,7 @@ def _trials(targets: Sequence[Target]) -> Grid:
                 ci = trial["speedup_ci95"]
                 ratio = f"{trial['speedup']:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else MISSING
                 rows.append((target.name, str(trial["round"]), what, milliseconds(trial["p50_ms"]), ratio))
-    note = "Times of graphs measured in turns; × faster is against all forms of the same round. The form whose absence helps most goes, then the rest is tried again."
+    note = "Times of graphs measured in turns; × faster is against all forms of the same round. The form whose absence helps most goes, then the rest is tried again; one that quantizes otherwise stays only where the graph without it is slower."
     return grid("Tuning", "Target|#Round|Graph|#p50, ms|#× faster [95 %]", rows, note=note, secondary=True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +21,20 @@ _NOISE_FACTOR, _NOISE_FLOOR = 16, 2.0**-16
 CALIBRATION_BATCH = 8  # bounds the memory for the activations that a calibrator keeps of one call
 
 
-def feeds(model: Path, context: Context, samples: int, batch: int = CALIBRATION_BATCH) -> Iterator[dict[str, NDArray[np.int64]]]:
-    """``samples`` training rows, spread evenly over the file, as inputs of ``model``, all padded to one length.
+def feeds(
+    model: Path, context: Context, samples: int, batch: int = CALIBRATION_BATCH, *, one_length: bool = True
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """``samples`` training rows, spread evenly over the file, as inputs of ``model``, all padded to one length or each batch to its own.
 
-    One at a time, so that calibration of any size needs the memory of one batch. Yields ``{name: array[batch, tokens] int64}``.
+    One at a time, so that calibration of any size needs the memory of one batch. Yields ``{name: array[batch, tokens]}`` of the
+    model's own types, int64 or int32.
     """
     encoder = Encoder(model.parent, context.task.max_length)
     rows = encode(encoder, spread(context.train.rows, samples))
-    width = max(len(row) for row in rows)
-    names = input_names(model)
+    width = max(len(row) for row in rows) if one_length else None
+    types = input_types(model)
     for start in range(0, len(rows), batch):
-        padded = pad(rows[start : start + batch], encoder.pad_id, width)
-        yield {name: padded[name] for name in names}
+        yield _given(types, pad(rows[start : start + batch], encoder.pad_id, width))
 
 
 def shapes(folder: Path, context: Context) -> list[dict[str, NDArray[np.int64]]]:
@@ -74,9 +76,14 @@ def encode(encoder: Encoder, rows: Sequence[Row]) -> list[Encoded]:
     return encoder.encode([row.text for row in rows], [row.text_pair for row in rows])
 
 
-def input_names(model: Path) -> list[str]:
-    """The inputs of ``model``, in its order."""
-    return [name for name, (side, _) in graph.signature(model).items() if side == "input"]
+def input_types(model: Path) -> dict[str, str]:
+    """The inputs of ``model`` in its order, and their types: ``{"input_ids": "int64", …}``."""
+    return {name: kind for name, (side, kind) in graph.signature(model).items() if side == "input"}
+
+
+def _given(types: Mapping[str, str], batch: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """What of ``batch`` a model with inputs of these ``types`` takes."""
+    return {name: batch[name].astype(kind, copy=False) for name, kind in types.items()}
 
 
 def session(model: Path, threads: int, *, optimized: bool = True) -> ort.InferenceSession:
@@ -94,7 +101,7 @@ def session(model: Path, threads: int, *, optimized: bool = True) -> ort.Inferen
 def logits(
     model: Path, batches: Sequence[dict[str, NDArray[np.int64]]], threads: int, *, optimized: bool = True
 ) -> list[NDArray[np.float32]]:
-    """The first output of ``model`` for every batch, ``[batch, outputs]``; inputs that it does not have are left out."""
-    names = input_names(model)
+    """The first output of ``model`` for every batch, ``[batch, outputs]``; inputs that it does not have are left out, int64 is cast where it wants int32."""
+    types = input_types(model)
     running = session(model, threads, optimized=optimized)
-    return [running.run(None, {name: batch[name] for name in names})[0] for batch in batches]
+    return [running.run(None, _given(types, batch))[0] for batch in batches]

@@ -53,7 +53,7 @@ class Export(Stage):
 
 def _compare(model: Any, written: Path, context: Context) -> dict[str, Any]:
     batches = calibration.shapes(written.parent, context)
-    names = calibration.input_names(written)
+    names = list(calibration.input_types(written))
     got = calibration.logits(written, batches, context.threads)
     single = [_torch_logits(model, batch, names) for batch in batches]
     model.double()
