@@ -98,6 +98,45 @@ def test_texts_whose_pieces_all_stayed_get_the_same_logits_bit_for_bit_and_throu
     assert both[1][2] < both[0][2]
 
 
+def swap(folder: Path, one: str, other: str) -> None:
+    """Give two tokens each other's id, in tokenizer.json and config.json."""
+    tokenizer, config = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("tokenizer", "config"))
+    vocab = tokenizer["model"]["vocab"]
+    turned = {vocab[one]: vocab[other], vocab[other]: vocab[one]}
+    vocab[one], vocab[other] = vocab[other], vocab[one]
+    for token in tokenizer["added_tokens"]:
+        token["id"] = turned.get(token["id"], token["id"])
+    for part in ("cls", "sep"):
+        if part in tokenizer["post_processor"]:
+            word, id_ = tokenizer["post_processor"][part]
+            tokenizer["post_processor"][part] = [word, turned.get(id_, id_)]
+    for name, id_ in config.items():
+        config[name] = turned.get(id_, id_) if name.endswith("_token_id") else id_
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def test_a_padding_id_that_moves_is_renamed_in_the_configuration(tmp_path: Path) -> None:
+    parent = random_checkpoint(tmp_path / "parent", "bert")
+    swap(parent, "[PAD]", "dog")
+    texts = ["a good film", "the dull plot of a movie ."]
+    context = training_rows(tmp_path, texts)
+    out, _ = run_stage(PruneVocabulary(), parent, tmp_path, context=context)
+    before, after = (json.loads((folder / "config.json").read_text())["pad_token_id"] for folder in (parent, out))
+    assert after == tokenizer_of(out).convert_tokens_to_ids("[PAD]") < before
+    np.testing.assert_array_equal(logits(parent, context, texts), logits(out, context, texts))
+
+
+def test_where_positions_count_from_the_padding_id_it_does_not_move(tmp_path: Path) -> None:
+    parent = random_checkpoint(tmp_path / "parent", "roberta")
+    swap(parent, "<s>", "Ġdog")  # below the padding's id there is now a piece that no row has
+    texts = ["a good film", "the dull plot of a movie ."]
+    context = training_rows(tmp_path, texts)
+    out, changed = run_stage(PruneVocabulary(), parent, tmp_path, context=context)
+    assert changed.count > 0
+    np.testing.assert_array_equal(logits(parent, context, texts), logits(out, context, texts))
+
+
 def test_words_without_a_piece_fall_back_to_letters_and_stay_readable(tmp_path: Path) -> None:
     parent = random_checkpoint(tmp_path / "parent", "bert")
     out, _ = run_stage(PruneVocabulary(), parent, tmp_path, context=training_rows(tmp_path, ["a good film ."]))

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from models import random_checkpoint
 from onnxsqueeze.errors import ModelError
-from onnxsqueeze.vocabulary import Reading, Vocabulary, merges_of
+from onnxsqueeze.vocabulary import ByteLevelBpe, Reading, Vocabulary, merges_of
 
 # "z" and "☃" are no pieces of the WordPiece vocabularies: words with them are unknown. Of the byte-level ones every text is readable.
 TEXT = st.text("aaabbbccdz☃ .", max_size=30)
@@ -190,6 +190,15 @@ def test_merges_that_make_or_use_a_removed_piece_go_and_those_that_lead_to_a_kep
     assert pruned.data["model"]["merges"] == [["a", "b"], ["ab", "c"], ["c", "d"]], "'ab' never occurs, but 'abc' is made of it"
     assert cut(pruned.after, "abcd") == ["abc", "d"]
     assert cut(pruned.after, "bc") == ["b", "c"]
+
+
+def test_what_is_made_of_a_removed_piece_goes_with_it_though_another_merge_makes_it_too() -> None:
+    merges = [["a", "b"], ["ab", "c"], ["b", "c"], ["a", "bc"]]
+    splitting = ByteLevelBpe({"vocab": {piece: i for i, piece in enumerate(["a", "b", "c", "ab", "abc", "bc"])}, "merges": merges})
+    assert splitting.split("abc") == ["abc"]
+    assert splitting.needs("abc") == {"a", "b", "c", "ab", "bc", "abc"}
+    splitting.take("ab")
+    assert splitting.split("abc") == ["a", "bc"]
 
 
 def test_words_inside_added_tokens_are_none_and_added_tokens_stay(tmp_path: Path) -> None:

@@ -222,7 +222,9 @@ class Vocabulary:
         model = {**self._model, "vocab": vocab}
         if "merges" in model:
             texts = self._model["merges"]
-            model["merges"] = [text for text, (a, b) in zip(texts, merges_of(self._model), strict=True) if {a, b, a + b} <= vocab.keys()]
+            model["merges"] = [
+                text for text, (a, b) in zip(texts, merges_of(self._model), strict=True) if a + b in vocab
+            ]  # kept pieces have their parts
             _write(out / "merges.txt", "".join(f"{a} {b}\n" for a, b in merges_of(model)), "#version: 0.2\n", self._folder)
         data = {
             **self._data,
