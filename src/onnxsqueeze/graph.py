@@ -7,7 +7,7 @@ path, no time and no library's notes: the same graph gives the same bytes in eve
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,10 +95,10 @@ def operators(path: Path) -> dict[str, int]:
     return dict(sorted(counted.items()))
 
 
-def check(path: Path, like: Path | None = None, *, inputs: str | None = None) -> None:
+def check(path: Path, like: Path | None = None, *, inputs: str | None = None, outputs: Collection[str] | None = None) -> None:
     """Raise StageError unless the file is valid ONNX, loads in a stock CPU session, and has the inputs and outputs of ``like``.
 
-    ``inputs`` is the type that its int64 inputs must have got ("int32").
+    ``inputs`` is the type that its int64 inputs must have got ("int32"), ``outputs`` are the only ones that may be left.
     """
     import onnx
     import onnxruntime as ort
@@ -114,7 +114,9 @@ def check(path: Path, like: Path | None = None, *, inputs: str | None = None) ->
     if like is not None:
         here, there = signature(path), signature(like)
         wanted = {
-            name: (side, inputs if inputs and (side, dtype) == ("input", "int64") else dtype) for name, (side, dtype) in there.items()
+            name: (side, inputs if inputs and (side, dtype) == ("input", "int64") else dtype)
+            for name, (side, dtype) in there.items()
+            if outputs is None or side == "input" or name in outputs
         }
         if here != wanted:
             meant = f"; its int64 inputs were to become {inputs}" if inputs else ""

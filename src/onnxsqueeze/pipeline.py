@@ -141,7 +141,7 @@ class _Maker:
             )
         if step.format == "onnx":
             like = parent.onnx if parent.format == "onnx" else None
-            graph.check(draft / "model.onnx", like=like, inputs=step.stage.integer_inputs())
+            graph.check(draft / "model.onnx", like=like, inputs=step.stage.integer_inputs(), outputs=step.stage.outputs())
         return changed
 
     def branch(self, branch: Branch) -> Made:

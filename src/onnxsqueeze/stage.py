@@ -116,6 +116,10 @@ class Stage(BaseModel):
         """The type that this stage gives the file's inputs ("int32"), or None where they stay as they were."""
         return None
 
+    def outputs(self) -> tuple[str, ...] | None:
+        """The names of the only outputs that this stage leaves of the parent file's, or None where they stay as they were."""
+        return None
+
     def timed(self) -> bool:
         """True where the bytes depend on times at the measured shape: that shape joins the key."""
         return False

@@ -81,9 +81,17 @@ class Distillation:
 
     def loss(self, batch: training.Batch) -> Tensor:
         """The weighted sum for one batch; runs the student, and the teacher where its layers teach."""
+        return self.loss_of(self.run(batch), batch)
+
+    def run(self, batch: training.Batch, *, states: bool = False) -> Any:
+        """What the student says of a batch, with all that the losses need (and its hidden states, where asked): transformers' output."""
+        weights = self._weights
+        return self._model(**batch.inputs, output_hidden_states=states or weights.hidden > 0, output_attentions=weights.attention > 0)
+
+    def loss_of(self, own: Any, batch: training.Batch) -> Tensor:
+        """The same of what `run` gave."""
         weights, states, attentions = self._weights, self._weights.hidden > 0, self._weights.attention > 0
-        own = self._model(**batch.inputs, output_hidden_states=states, output_attentions=attentions)
-        total = weights.task * losses.task(own.logits, batch.labels, regression=self._regression)
+        total: Tensor = weights.task * losses.task(own.logits, batch.labels, regression=self._regression)
         if self._known is not None:
             known = self._known[batch.index]
             total = total + weights.logits * losses.logits(own.logits, known, temperature=weights.temperature, regression=self._regression)

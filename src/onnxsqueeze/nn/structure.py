@@ -1,10 +1,10 @@
 """Layers of unequal shape: how many heads and neurons each has, and which matrices are factored.
 
 transformers' classes know one shape for all layers; this knows the others. A checkpoint of unequal layers is the same state dict with other matrices,
-and in its config.json, one element a layer (the last three only where something is factored or shared):
+and in its config.json, one element a layer (the last four only where there is something of the kind):
 
     "onnxsqueeze": {"head_size": 32, "heads": [12, 7, …], "neurons": [1536, 640, …],
-                    "ranks": [{"output.dense": 64}, {}, …], "vocabulary_rank": 128, "shared": [0, 0, 2, …]}
+                    "ranks": [{"output.dense": 64}, {}, …], "vocabulary_rank": 128, "shared": [0, 0, 2, …], "exits": [1, 3]}
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Structure:
     """``heads`` and ``neurons`` hold one element a layer; a head is ``head_size`` units wide in query, key and value.
 
     ``ranks`` holds, per layer, the rank of each matrix that is two factors, by its path in the layer; ``vocabulary_rank`` that of the table of words.
-    ``shared`` holds, per layer, the index of the first layer that is the very same module: its own, where it shares nothing before it.
+    ``shared`` holds, per layer, the index of the first layer that is the very same module: its own, where it shares nothing before it. ``exits`` are the
+    layers behind which a head stands.
     """
 
     head_size: int
@@ -42,6 +43,7 @@ class Structure:
     ranks: tuple[Mapping[str, int], ...] = ()
     vocabulary_rank: int | None = None
     shared: tuple[int, ...] = ()
+    exits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.ranks:
@@ -56,7 +58,9 @@ class Structure:
             found["ranks"] = [dict(ranks) for ranks in self.ranks]
         if self.vocabulary_rank is not None:
             found["vocabulary_rank"] = self.vocabulary_rank
-        return found | {"shared": list(self.shared)} if self.shares else found
+        if self.shares:
+            found["shared"] = list(self.shared)
+        return found | {"exits": list(self.exits)} if self.exits else found
 
     @property
     def shares(self) -> bool:
@@ -92,6 +96,7 @@ def stated(config: PretrainedConfig) -> Structure | None:
             tuple({str(path): int(n) for path, n in ranks.items()} for ranks in found.get("ranks") or [{} for _ in found["heads"]]),
             None if rank is None else int(rank),
             tuple(map(int, found.get("shared") or ())),
+            tuple(map(int, found.get("exits") or ())),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(
@@ -102,13 +107,15 @@ def stated(config: PretrainedConfig) -> Structure | None:
     numbers = (structure.head_size, *structure.heads, *structure.neurons, *(n for ranks in structure.ranks for n in ranks.values()))
     lengths = {len(structure.heads), len(structure.neurons), len(structure.ranks), len(structure.shared), deep}
     forward = any(first > i or structure.shared[first] != first for i, first in enumerate(structure.shared) if first < deep)
-    if len(lengths) > 1 or min(numbers) < 1 or min(structure.shared) < 0 or forward:
+    outside = any(not 0 <= i < deep - 1 for i in structure.exits)
+    if len(lengths) > 1 or min(numbers) < 1 or min(structure.shared) < 0 or forward or outside:
         raise ModelError(f"config.json: {CONFIG_FIELD}: must hold one number ≥ 1 for each of {deep} layers, got {found!r}", remedy=remedy)
     return structure
 
 
 def of(model: nn.Module, family: Family) -> Structure:
     """The structure that a model has."""
+    from onnxsqueeze.nn import exits
     from onnxsqueeze.nn.factors import FactoredEmbedding, FactoredLinear
 
     heads, neurons, ranks, size = [], [], [], 1
@@ -123,13 +130,14 @@ def of(model: nn.Module, family: Family) -> Structure:
     first: dict[int, int] = {}
     shared = tuple(first.setdefault(id(layer), i) for i, layer in enumerate(layers(model, family)))
     rank = words.rank if isinstance(words, FactoredEmbedding) else None
-    return Structure(size, tuple(heads), tuple(neurons), tuple(ranks), rank, shared)
+    return Structure(size, tuple(heads), tuple(neurons), tuple(ranks), rank, shared, exits.after(model))
 
 
 def build(model: PreTrainedModel, family: Family, structure: Structure) -> None:
     """Give a freshly made model layers of these shapes; their weights are new and have no meaning until a state dict is loaded."""
     from torch import nn
 
+    from onnxsqueeze.nn import exits
     from onnxsqueeze.nn.factors import FactoredEmbedding, FactoredLinear
 
     for layer, heads, neurons, ranks in zip(layers(model, family), structure.heads, structure.neurons, structure.ranks, strict=True):
@@ -145,6 +153,8 @@ def build(model: PreTrainedModel, family: Family, structure: Structure) -> None:
         words = cast("nn.Embedding", model.get_submodule(family.table_of_words))
         table = FactoredEmbedding(words.num_embeddings, words.embedding_dim, structure.vocabulary_rank, words.padding_idx)
         replace_module(model, family.table_of_words, table)
+    if structure.exits:
+        exits.attach(model, structure.exits)
     note(model, structure)
 
 
@@ -230,6 +240,8 @@ def narrow(model: PreTrainedModel, family: Family, kept: Sequence[int]) -> None:
 
 def keep_layers(model: PreTrainedModel, family: Family, kept: Sequence[int]) -> None:
     """Drop every encoder layer whose index is not in ``kept``, in the model and in its configuration."""
+    if of(model, family).exits:
+        raise ModelError("layers of a model with exits cannot be dropped", remedy="put early-exit behind the stage that drops layers")
     every, unequal = layers(model, family), stated(model.config)
     parent, _, name = f"{family.encoder}.{family.layers}".rpartition(".")
     setattr(model.get_submodule(parent), name, type(every)([every[i] for i in kept]))

@@ -132,11 +132,13 @@ def train(
     companion: nn.Module | None = None,
     after_step: Callable[[int], None] | None = None,
     first_epoch_to_keep: int = 1,
+    scored: Callable[[], float | None] | None = None,
 ) -> Outcome:
     """Minimise ``loss``, which runs the model itself; leave in ``model`` the weights of the epoch that scored best on the selection rows.
 
     ``companion`` is trained and checkpointed beside the model and not part of the result (projections, masks). ``after_step`` gets the
     number of finished steps, and finds the step's gradients. Epochs count from 1; those before ``first_epoch_to_keep`` are never kept. Ties go to the earlier epoch.
+    ``scored`` scores an epoch where the model's own logits on the selection rows do not say all.
     Resumes at the last finished epoch found in ``context.checkpoint``; a saved state that cannot be read is deleted and training starts anew.
 
     Raises StageError when the loss is no longer finite, or when no epoch that may be kept has a score.
@@ -194,7 +196,7 @@ def train(
                 summed += number * len(rows)
                 seen += len(rows)
                 context.progress(step + 1, total, f"epoch {epoch}/{settings.epochs}, loss {summed / seen:.3g}")
-            reached = score(model, family, selection, context)
+            reached = scored() if scored else score(model, family, selection, context)
             state.add(
                 {
                     "epoch": epoch,

@@ -6,7 +6,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from onnxsqueeze.stages.branch_exits import BranchExits
 from onnxsqueeze.stages.distill import Distill
+from onnxsqueeze.stages.early_exit import EarlyExit
 from onnxsqueeze.stages.export import Export
 from onnxsqueeze.stages.factorize import Factorize
 from onnxsqueeze.stages.finetune import Finetune
@@ -32,6 +34,7 @@ AnyStage = Annotated[
     | ShareLayers
     | TrainQuantized
     | TrainLowBit
+    | EarlyExit
     | PruneVocabulary
     | Export
     | QuantizeDynamic
@@ -39,13 +42,16 @@ AnyStage = Annotated[
     | QuantizeWeights
     | QuantizeInc
     | OptimizeGraph
+    | BranchExits
     | Float16,
     Field(discriminator="kind"),
 ]
 
 __all__ = [
     "AnyStage",
+    "BranchExits",
     "Distill",
+    "EarlyExit",
     "Export",
     "Factorize",
     "Finetune",

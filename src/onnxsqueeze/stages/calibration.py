@@ -34,7 +34,7 @@ def feeds(
     width = max(len(row) for row in rows) if one_length else None
     types = input_types(model)
     for start in range(0, len(rows), batch):
-        yield _given(types, pad(rows[start : start + batch], encoder.pad_id, width))
+        yield given(types, pad(rows[start : start + batch], encoder.pad_id, width))
 
 
 def shapes(folder: Path, context: Context) -> list[dict[str, NDArray[np.int64]]]:
@@ -81,7 +81,7 @@ def input_types(model: Path) -> dict[str, str]:
     return {name: kind for name, (side, kind) in graph.signature(model).items() if side == "input"}
 
 
-def _given(types: Mapping[str, str], batch: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+def given(types: Mapping[str, str], batch: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """What of ``batch`` a model with inputs of these ``types`` takes."""
     return {name: batch[name].astype(kind, copy=False) for name, kind in types.items()}
 
@@ -101,7 +101,12 @@ def session(model: Path, threads: int, *, optimized: bool = True) -> ort.Inferen
 def logits(
     model: Path, batches: Sequence[dict[str, NDArray[np.int64]]], threads: int, *, optimized: bool = True
 ) -> list[NDArray[np.float32]]:
-    """The first output of ``model`` for every batch, ``[batch, outputs]``; inputs that it does not have are left out, int64 is cast where it wants int32."""
+    """The outputs of ``model`` for every batch, side by side ``[batch, outputs]``: the logits, and those of exits behind them.
+
+    Inputs that it does not have are left out, int64 is cast where it wants int32.
+    """
+    import numpy as np
+
     types = input_types(model)
     running = session(model, threads, optimized=optimized)
-    return [running.run(None, _given(types, batch))[0] for batch in batches]
+    return [np.concatenate(running.run(None, given(types, batch)), axis=1) for batch in batches]
