@@ -21,6 +21,7 @@ from onnxsqueeze.measure.statistics import (
     nearest_rank,
     paired_share_interval,
     percentile_interval,
+    ratio_of_means_interval,
     ratio_of_medians_interval,
     resampled_class_metric,
     resampled_correlation,
@@ -221,6 +222,17 @@ def test_the_interval_of_a_ratio_holds_the_truth_nineteen_times_in_twenty(proces
     held = sum(low <= 1.1 <= high for low, high in intervals)
 
     assert 0.91 <= held / 400 <= 0.99
+
+
+def test_a_ratio_of_means_sees_the_rows_that_a_median_does_not() -> None:
+    """Half of the rows leave early: the median stays where it is, the mean does not."""
+    random = np.random.default_rng(3)
+    over = tuple(random.normal(10.0, 0.1, 100) for _ in range(5))
+    under = tuple(np.where(random.random(100) < 0.45, 4.0, 10.0) for _ in range(5))
+    low, high = ratio_of_means_interval(over, under)
+
+    assert low < 10 / (0.45 * 4 + 0.55 * 10) < high
+    assert ratio_of_medians_interval(over, under)[0] < 1.01
 
 
 def test_the_median_of_drawn_rounds_is_the_nearest_rank_of_their_runs() -> None:

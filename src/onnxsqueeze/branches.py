@@ -56,7 +56,7 @@ def _values(model: Any) -> Iterable[Any]:
 
 
 def _kind(value: Any, batch: Any) -> str:
-    """ "rows" where the first axis is the batch, "one" for what is the same for any batch, "shape" for numbers that may hold its length, "unknown"."""
+    """Say "rows" where the first axis is the batch, "one" for what is the same for any batch, "shape" for numbers that may hold its length, "unknown"."""
     import onnx_ir as ir
 
     if value.shape is None:

@@ -72,6 +72,7 @@ class Latency(_Part):
     batch: int
     sequence: int
     threads: int
+    mean_ms: float | None = Field(None, description="Of all counted runs; what counts where rows take unequal ways, as with early exits")
     load_s: float
     first_run_ms: float
     min_ms: float

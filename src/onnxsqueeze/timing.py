@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ class Timed:
     speedup: float | None
     speedup_ci95: tuple[float, float] | None
     verdict: str
+    mean_speedup: float | None = None
+    mean_speedup_ci95: tuple[float, float] | None = None
 
     def to_json(self) -> bytes:
         """What the store keeps."""
@@ -28,6 +31,8 @@ class Timed:
                 "speedup": self.speedup,
                 "speedup_ci95": self.speedup_ci95,
                 "verdict": self.verdict,
+                "mean_speedup": self.mean_speedup,
+                "mean_speedup_ci95": self.mean_speedup_ci95,
             }
         ).encode()
 
@@ -35,8 +40,14 @@ class Timed:
     def from_json(content: bytes) -> Timed:
         """The reverse of `to_json`."""
         value = json.loads(content)
-        ci = value["speedup_ci95"]
-        return Timed(Latency.model_validate(value["latency"]), value["speedup"], (ci[0], ci[1]) if ci else None, value["verdict"])
+        return Timed(
+            Latency.model_validate(value["latency"]),
+            value["speedup"],
+            _pair(value["speedup_ci95"]),
+            value["verdict"],
+            value.get("mean_speedup"),
+            _pair(value.get("mean_speedup_ci95")),
+        )
 
 
 def packed(result: LatencyResult) -> bytes:
@@ -50,7 +61,8 @@ def packed(result: LatencyResult) -> bytes:
 
 def timed(result: LatencyResult) -> Timed:
     """What a record says of a measured latency."""
-    return Timed(result.latency, result.speedup, result.speedup_ci95, result.verdict)
+    means = result.mean_speedup, result.mean_speedup_ci95
+    return Timed(result.latency, result.speedup, result.speedup_ci95, result.verdict, *means)
 
 
 def speedup(timed: Timed) -> dict[str, Any]:
@@ -64,4 +76,10 @@ def speedup(timed: Timed) -> dict[str, Any]:
         "speedup": timed.speedup,
         "speedup_ci95": list(timed.speedup_ci95) if timed.speedup_ci95 else None,
         "speed": timed.verdict,
+        "mean_speedup": timed.mean_speedup,
+        "mean_speedup_ci95": list(timed.mean_speedup_ci95) if timed.mean_speedup_ci95 else None,
     }
+
+
+def _pair(value: Sequence[float] | None) -> tuple[float, float] | None:
+    return None if value is None else (value[0], value[1])

@@ -86,7 +86,7 @@ class Candidate:
 class LatencyResult:
     """``samples_ms`` holds the counted runs, one array per round. The baseline, and all where there is none, has no speed-up.
 
-    ``verdict`` is "unproven" where this or the baseline's latency is not valid, or there is no baseline; the baseline's is "tie".
+    Speed-ups are of medians, and beside them of means. ``verdict`` is "unproven" where this or the baseline's latency is not valid, or there is no baseline; the baseline's is "tie".
     """
 
     latency: Latency
@@ -94,6 +94,8 @@ class LatencyResult:
     speedup_ci95: tuple[float, float] | None
     verdict: Verdict
     samples_ms: Blocks
+    mean_speedup: float | None = None
+    mean_speedup_ci95: tuple[float, float] | None = None
 
 
 def measure_latency(
@@ -162,15 +164,18 @@ def _opened(candidates: Sequence[Candidate], work: Work, opener: Opener) -> Iter
 
 
 def _result(name: str, baseline: str | None, kept: Mapping[str, _Kept], work: Work) -> LatencyResult:
-    from onnxsqueeze.measure.statistics import ratio_of_medians_interval
+    from onnxsqueeze.measure.statistics import ratio_of_means_interval, ratio_of_medians_interval
 
     latency, blocks = _latency(kept[name], work), kept[name].times_ms
     if baseline is None or name == baseline:
         return LatencyResult(latency, None, None, "unproven" if baseline is None else "tie", blocks)
     base = _latency(kept[baseline], work)
     speedup = base.p50_ms / latency.p50_ms
-    interval = ratio_of_medians_interval(kept[baseline].by_process, kept[name].by_process)
-    return LatencyResult(latency, speedup, interval, verdict(speedup, interval) if base.valid and latency.valid else "unproven", blocks)
+    over, under = kept[baseline].by_process, kept[name].by_process
+    interval = ratio_of_medians_interval(over, under)
+    judged = verdict(speedup, interval) if base.valid and latency.valid else "unproven"
+    mean = None if base.mean_ms is None or latency.mean_ms is None else base.mean_ms / latency.mean_ms
+    return LatencyResult(latency, speedup, interval, judged, blocks, mean, ratio_of_means_interval(over, under))
 
 
 @dataclass(frozen=True)
@@ -258,6 +263,7 @@ def _latency(kept: _Kept, work: Work) -> Latency:
         processes=len(kept.warm_ups),
         load_s=nearest_rank(np.array(kept.load_s[1:] or kept.load_s), 50),
         first_run_ms=nearest_rank(np.array(kept.first_ms[1:] or kept.first_ms), 50),
+        mean_ms=float(runs.mean()),
         min_ms=float(runs.min()),
         max_ms=float(runs.max()),
         warmup=sum(runs for runs, _ in kept.warm_ups),

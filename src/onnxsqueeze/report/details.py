@@ -94,23 +94,23 @@ def _gates(per_backend: Iterable[Table]) -> Grid:
 
 def _latencies(targets: Sequence[Target]) -> Grid:
     def row(target: Target, x: Latency) -> tuple[str, ...]:
-        times = [milliseconds(t) for t in (x.p50_ms, x.p90_ms, x.p99_ms, x.min_ms, x.max_ms)]
+        times = [milliseconds(t) for t in (x.p50_ms, x.mean_ms, x.p90_ms, x.p99_ms, x.min_ms, x.max_ms)]
         verdict = "INVALID" if not x.valid else "steady" if x.steady else "not steady"
-        return (target.name, shape(x), str(x.threads), *times, _speedup(target, x), whole(x.n), x.date, verdict)
+        return (target.name, shape(x), str(x.threads), *times, *_speedups(target, x), whole(x.n), x.date, verdict)
 
     rows = [row(t, x) for t in targets for x in dict.fromkeys((t.latency, *t.latencies)) if x]
     return grid(
-        "Latency at every shape", "Target|Batch × tokens|#Threads|#p50, ms|#p90, ms|#p99, ms|#Min, ms|#Max, ms|#× faster [95 %]|#Runs|Measured|Runs are", rows,
+        "Latency at every shape", "Target|Batch × tokens|#Threads|#p50, ms|#Mean, ms|#p90, ms|#p99, ms|#Min, ms|#Max, ms|#× faster by p50 [95 %]|#By the mean [95 %]|#Runs|Measured|Runs are", rows,
         note="Nearest-rank percentiles; p99 needs 459 runs. The first run and loading are not part of them. The task's lengths: its own rows, each call as long as its longest row.",
     )  # fmt: skip
 
 
-def _speedup(target: Target, latency: Latency) -> str:
-    """The ratio at one shape: the record's own for the first, those in ``extra["speedups"]`` for the others."""
+def _speedups(target: Target, latency: Latency) -> tuple[str, str]:
+    """The ratios of medians and of means at one shape: the record's own for the first, those in ``extra["speedups"]`` for the others."""
     if not target.vs_baseline:
-        return MISSING
+        return MISSING, MISSING
     if latency == target.latency:
-        return joined(ratio(target.vs_baseline.speedup), ratio_interval(target.vs_baseline.speedup_ci95))
+        return joined(ratio(target.vs_baseline.speedup), ratio_interval(target.vs_baseline.speedup_ci95)), MISSING
     for other in target.extra.get("speedups", ()):
         if (other["batch"], other["sequence"], other["threads"], other.get("lengths", "fixed")) == (
             latency.batch,
@@ -118,8 +118,10 @@ def _speedup(target: Target, latency: Latency) -> str:
             latency.threads,
             latency.lengths,
         ):
-            return joined(ratio(other["speedup"]), ratio_interval(other["speedup_ci95"]))
-    return MISSING
+            mean = other.get("mean_speedup")
+            by_mean = joined(ratio(mean), ratio_interval(other["mean_speedup_ci95"])) if mean else MISSING
+            return joined(ratio(other["speedup"]), ratio_interval(other["speedup_ci95"])), by_mean
+    return MISSING, MISSING
 
 
 def _metrics(results: Results, targets: Sequence[Target]) -> Grid:
