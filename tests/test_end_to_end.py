@@ -29,7 +29,7 @@ from onnxsqueeze.store import Store
 from onnxsqueeze.tasks.open import open_task
 from onnxsqueeze.tasks.settings import TaskSettings
 from onnxsqueeze.tokens import Encoder, pad
-from runs import Silent, run, small
+from runs import RECIPES, SMALL, Silent, run, small
 
 WHOLE = (*small("qdp"), "measure.task_lengths=true", "measure.profile=true")
 
@@ -178,13 +178,43 @@ def test_a_second_run_makes_and_measures_nothing(qdp: tuple[Outcome, list[str]],
     assert again.results.task.splits[0].looks == qdp[0].results.task.splits[0].looks
 
 
-@pytest.mark.parametrize("recipe", ["none", "q", "d", "p", "v"])
+@pytest.mark.parametrize("recipe", ["none", "q", "d", "p"])
 def test_one_recipe_per_single_method(recipe: str, qdp: tuple[Outcome, list[str]], place: Path) -> None:
     outcome, lines = run(recipe, place / recipe, model=place / "model", store=place / "store", overrides=small(recipe))
     assert outcome.exit_code == 0, outcome.problems
     assert {target.status for target in outcome.results.targets} == {"ok"}
     assert any(line.startswith("finetune: in the store") for line in lines)  # the teacher is the one that qdp made
     assert read_results(outcome.out) == outcome.results
+
+
+# What makes a recipe of recipes/methods/ fit a model of two layers.
+METHODS = {
+    "drop-tokens": ["drop-tokens.keep={0: 60}", "drop-tokens.epochs=1"],
+    "early-exit": ["early-exit.after=[0]", "early-exit.epochs=1"],
+    "factorize": ["factorize.vocabulary_rank=8", "factorize.epochs=1"],
+    "prune-structure": ["prune-structure.multiple_of=8", "prune-structure.epochs=1"],
+    "prune-vocabulary": [],
+    "share-layers": ["share-layers.distinct=1", "share-layers.epochs=1"],
+    "train-low-bit": ["train-low-bit.epochs=1"],
+    "train-quantized": ["train-quantized.epochs=1"],
+}
+
+
+def test_every_recipe_of_a_method_has_its_settings_here() -> None:
+    assert sorted(METHODS) == sorted(file.stem for file in (RECIPES / "methods").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_recipe_per_method_ends_in_files_that_are_measured(method: str, qdp: tuple[Outcome, list[str]], place: Path) -> None:
+    overrides = [*SMALL, *(f"stages.{one}" for one in METHODS[method])]
+    if method == "early-exit":
+        overrides += [f"targets.{name}.stages.branch-exits.max_drop_pp=100" for name in ("early-exit-fp32", "early-exit-int8")]
+    outcome, lines = run(
+        RECIPES / "methods" / f"{method}.yaml", place / method, model=place / "model", store=place / "store", overrides=overrides
+    )
+    assert outcome.exit_code == 0, outcome.problems
+    assert {target.status for target in outcome.results.targets} == {"ok"}
+    assert any(line.startswith("finetune: in the store") for line in lines)
 
 
 def test_a_model_with_a_trained_head_is_the_teacher_as_it_is(place: Path) -> None:

@@ -1,10 +1,10 @@
 """Layers of unequal shape: how many heads and neurons each has, and which matrices are factored.
 
 transformers' classes know one shape for all layers; this knows the others. A checkpoint of unequal layers is the same state dict with other matrices,
-and in its config.json, one element a layer (the last four only where there is something of the kind):
+and in its config.json, one element a layer (the last five only where there is something of the kind):
 
     "onnxsqueeze": {"head_size": 32, "heads": [12, 7, …], "neurons": [1536, 640, …],
-                    "ranks": [{"output.dense": 64}, {}, …], "vocabulary_rank": 128, "shared": [0, 0, 2, …], "exits": [1, 3]}
+                    "ranks": [{"output.dense": 64}, {}, …], "vocabulary_rank": 128, "shared": [0, 0, 2, …], "exits": [1, 3], "kept_tokens": [[1, 60]]}
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Structure:
 
     ``ranks`` holds, per layer, the rank of each matrix that is two factors, by its path in the layer; ``vocabulary_rank`` that of the table of words.
     ``shared`` holds, per layer, the index of the first layer that is the very same module: its own, where it shares nothing before it. ``exits`` are the
-    layers behind which a head stands.
+    layers behind which a head stands, ``kept_tokens`` those behind which tokens are dropped, with the percent that go on.
     """
 
     head_size: int
@@ -44,6 +44,7 @@ class Structure:
     vocabulary_rank: int | None = None
     shared: tuple[int, ...] = ()
     exits: tuple[int, ...] = ()
+    kept_tokens: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.ranks:
@@ -60,7 +61,9 @@ class Structure:
             found["vocabulary_rank"] = self.vocabulary_rank
         if self.shares:
             found["shared"] = list(self.shared)
-        return found | {"exits": list(self.exits)} if self.exits else found
+        if self.exits:
+            found["exits"] = list(self.exits)
+        return found | {"kept_tokens": [list(pair) for pair in self.kept_tokens]} if self.kept_tokens else found
 
     @property
     def shares(self) -> bool:
@@ -97,6 +100,7 @@ def stated(config: PretrainedConfig) -> Structure | None:
             None if rank is None else int(rank),
             tuple(map(int, found.get("shared") or ())),
             tuple(map(int, found.get("exits") or ())),
+            tuple((int(layer), int(percent)) for layer, percent in found.get("kept_tokens") or ()),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(
@@ -107,7 +111,7 @@ def stated(config: PretrainedConfig) -> Structure | None:
     numbers = (structure.head_size, *structure.heads, *structure.neurons, *(n for ranks in structure.ranks for n in ranks.values()))
     lengths = {len(structure.heads), len(structure.neurons), len(structure.ranks), len(structure.shared), deep}
     forward = any(first > i or structure.shared[first] != first for i, first in enumerate(structure.shared) if first < deep)
-    outside = any(not 0 <= i < deep - 1 for i in structure.exits)
+    outside = any(not 0 <= i < deep - 1 for i in (*structure.exits, *(layer for layer, _ in structure.kept_tokens)))
     if len(lengths) > 1 or min(numbers) < 1 or min(structure.shared) < 0 or forward or outside:
         raise ModelError(f"config.json: {CONFIG_FIELD}: must hold one number ≥ 1 for each of {deep} layers, got {found!r}", remedy=remedy)
     return structure
@@ -115,7 +119,7 @@ def stated(config: PretrainedConfig) -> Structure | None:
 
 def of(model: nn.Module, family: Family) -> Structure:
     """The structure that a model has."""
-    from onnxsqueeze.nn import exits
+    from onnxsqueeze.nn import exits, kept_tokens
     from onnxsqueeze.nn.factors import FactoredEmbedding, FactoredLinear
 
     heads, neurons, ranks, size = [], [], [], 1
@@ -130,14 +134,14 @@ def of(model: nn.Module, family: Family) -> Structure:
     first: dict[int, int] = {}
     shared = tuple(first.setdefault(id(layer), i) for i, layer in enumerate(layers(model, family)))
     rank = words.rank if isinstance(words, FactoredEmbedding) else None
-    return Structure(size, tuple(heads), tuple(neurons), tuple(ranks), rank, shared, exits.after(model))
+    return Structure(size, tuple(heads), tuple(neurons), tuple(ranks), rank, shared, exits.after(model), kept_tokens.of(model))
 
 
 def build(model: PreTrainedModel, family: Family, structure: Structure) -> None:
     """Give a freshly made model layers of these shapes; their weights are new and have no meaning until a state dict is loaded."""
     from torch import nn
 
-    from onnxsqueeze.nn import exits
+    from onnxsqueeze.nn import exits, kept_tokens
     from onnxsqueeze.nn.factors import FactoredEmbedding, FactoredLinear
 
     for layer, heads, neurons, ranks in zip(layers(model, family), structure.heads, structure.neurons, structure.ranks, strict=True):
@@ -155,6 +159,8 @@ def build(model: PreTrainedModel, family: Family, structure: Structure) -> None:
         replace_module(model, family.table_of_words, table)
     if structure.exits:
         exits.attach(model, structure.exits)
+    if structure.kept_tokens:
+        kept_tokens.attach(model, family, structure.kept_tokens)
     note(model, structure)
 
 
@@ -240,8 +246,10 @@ def narrow(model: PreTrainedModel, family: Family, kept: Sequence[int]) -> None:
 
 def keep_layers(model: PreTrainedModel, family: Family, kept: Sequence[int]) -> None:
     """Drop every encoder layer whose index is not in ``kept``, in the model and in its configuration."""
-    if of(model, family).exits:
-        raise ModelError("layers of a model with exits cannot be dropped", remedy="put early-exit behind the stage that drops layers")
+    found = of(model, family)
+    if found.exits or found.kept_tokens:
+        what, stage = ("exits", "early-exit") if found.exits else ("dropped tokens", "drop-tokens")
+        raise ModelError(f"layers of a model with {what} cannot be dropped", remedy=f"put {stage} behind the stage that drops layers")
     every, unequal = layers(model, family), stated(model.config)
     parent, _, name = f"{family.encoder}.{family.layers}".rpartition(".")
     setattr(model.get_submodule(parent), name, type(every)([every[i] for i in kept]))

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from onnxsqueeze.stages.branch_exits import BranchExits
 from onnxsqueeze.stages.distill import Distill
+from onnxsqueeze.stages.drop_tokens import DropTokens
 from onnxsqueeze.stages.early_exit import EarlyExit
 from onnxsqueeze.stages.export import Export
 from onnxsqueeze.stages.factorize import Factorize
@@ -35,6 +36,7 @@ AnyStage = Annotated[
     | TrainQuantized
     | TrainLowBit
     | EarlyExit
+    | DropTokens
     | PruneVocabulary
     | Export
     | QuantizeDynamic
@@ -51,6 +53,7 @@ __all__ = [
     "AnyStage",
     "BranchExits",
     "Distill",
+    "DropTokens",
     "EarlyExit",
     "Export",
     "Factorize",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from onnxsqueeze.nn.family import Family
     from onnxsqueeze.stage import Context
 
-_SECONDS = 1.0
+_SECONDS, _PROCESSES = 1.0, 3
 _FREE = 1e-9  # milliseconds: nothing is quite free
 
 
@@ -43,7 +43,9 @@ class LayerTimes:
             candidates = [Candidate(file.parent.name, file, self._backend) for file in files]
             call = self._context.call
             work = FixedWork(Shape(batch=call.batch, sequence=call.tokens, threads=call.threads))
-            found = measure_latency(candidates, None, work, MeasureSettings(min_runs=60, min_seconds=_SECONDS), self._context.progress)
+            found = measure_latency(
+                candidates, None, work, MeasureSettings(processes=_PROCESSES, min_runs=60, min_seconds=_SECONDS), self._context.progress
+            )
         return [found[candidate.name].latency.p50_ms for candidate in candidates]
 
     def costs(self, model: PreTrainedModel, family: Family, full: Structure) -> Costs:

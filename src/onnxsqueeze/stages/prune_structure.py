@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -65,6 +65,8 @@ class PruneStructure(TaughtSettings):
     "Structured Pruning Learns Compact and Accurate Models", section 3.2.
     """
 
+    tools: ClassVar[tuple[str, ...]] = (*TaughtSettings.tools, "onnx", "onnxruntime", "optimum", "optimum-onnx")  # the last four measure
+
     kind: Literal["prune-structure"] = "prune-structure"
     budget: Budget | None = Field(Budget(), description="What heads and neurons may cost in the end; null: they all stay")
     importance: Literal["taylor", "magnitude", "gates"] = Field(
@@ -106,6 +108,8 @@ class PruneStructure(TaughtSettings):
         model, family = checkpoint.load(parent.path, task)
         examples, selection = (batches.encode(parent.path, rows.rows, task.max_length) for rows in (context.train, context.selection))
         had, had_hidden = structure.of(model, family), int(model.config.hidden_size)
+        if had.kept_tokens:  # which go by what heads attend to, the masked ones too
+            raise StageError(f"{self.name}: the parent drops tokens", remedy="put drop-tokens behind this stage")
         deep = len(families.layers(model, family))
         with tempfile.TemporaryDirectory(dir=out) as scratch:
             times = _times(self.budget, parent.path, Path(scratch), context)
