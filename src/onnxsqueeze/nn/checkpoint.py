@@ -186,6 +186,20 @@ def vocabulary_rows(folder: Path) -> int:
         return int(file.get_slice(_vocabulary_name(folder, _weight_names(folder))).get_shape()[0])
 
 
+def vocabulary(folder: Path) -> dict[str, int]:
+    """Piece → id of the folder's tokenizer."""
+    from tokenizers import Tokenizer
+
+    found: dict[str, int] = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=False)
+    return found
+
+
+def vocabulary_matrix(folder: Path) -> Tensor:
+    """The vectors of all pieces ``[rows, width]``; of a table in factors the first of them."""
+    weights = _weights(folder)
+    return weights[_vocabulary_name(folder, weights)]
+
+
 def save_rows(parent: Path, out: Path, rows: Sequence[int]) -> None:
     """Write ``parent``'s config.json and weights into ``out`` with these rows of its vocabulary matrix alone, in this order.
 

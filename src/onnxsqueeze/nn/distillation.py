@@ -15,10 +15,9 @@ from onnxsqueeze.nn import teacher as teachers
 from onnxsqueeze.nn.settings import LossWeights, TaughtSettings
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedModel
 
+    from onnxsqueeze.artifact import Artifact
     from onnxsqueeze.nn.family import Family
     from onnxsqueeze.stage import Context
 
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
 class Distillation:
     """What one student is trained on. ``companion`` are the projections that are trained beside it, or None.
 
-    ``teacher_folder`` may be None: then the loss is the task's alone. ``parent`` is the folder whose tokenizer reads the student's rows; the teacher
-    reads them with its own. The student's layers were those with the indices ``kept`` ``of`` so many. Logits of the teacher are computed once, its hidden
+    Without a teacher the loss is the task's alone. The parent's tokenizer reads the student's rows; the teacher reads them with its own. The student's
+    layers were those with the indices ``kept`` ``of`` so many; they are all of the parent's where neither is given. Logits of the teacher are computed once, its hidden
     states, attention and relations beside the student in every step; relations are those of the last layers that face each other.
 
     Raises StageError where heads do not fit for the attention's loss or the relations', and where tokens are others for a loss token by token.
@@ -39,10 +38,10 @@ class Distillation:
         model: PreTrainedModel,
         family: Family,
         context: Context,
+        parent: Artifact,
+        teacher: Artifact | None,
         *,
-        parent: Path,
-        teacher_folder: Path | None,
-        kept: Sequence[int] = (),
+        kept: Sequence[int] | None = None,
         of: int = 0,
     ) -> None:
         weights = settings.loss_weights()
@@ -50,13 +49,16 @@ class Distillation:
         self.companion: losses.Projections | None = None
         self._known: Tensor | None = None
         self._master: teachers.Teacher | None = None
-        self._weights = weights if teacher_folder and weights.taught else LossWeights(task=1.0)
-        if teacher_folder is None or not weights.taught:
+        self._weights = weights if teacher and weights.taught else LossWeights(task=1.0)
+        if teacher is None or not weights.taught:
             return
         if weights.token_by_token:
-            teachers.require_same_tokens(settings.name, weights.token_by_token, teacher_folder, parent, context)
-        master = teachers.load(teacher_folder, context, eager_attention=weights.attention > 0)
-        self._teaching = teaching_layers(kept, of, len(families.layers(master.model, master.family)))
+            teachers.require_same_tokens(settings.name, weights.token_by_token, teacher.path, parent.path, context)
+        master = teachers.load(teacher.path, context, eager_attention=weights.attention > 0)
+        own = len(families.layers(model, family))
+        self._teaching = teaching_layers(
+            range(own) if kept is None else kept, own if kept is None else of, len(families.layers(master.model, master.family))
+        )
         if weights.logits > 0:
             self._known = teachers.logits(master, settings.precision, context)
         if weights.hidden > 0 and model.config.hidden_size != master.model.config.hidden_size:

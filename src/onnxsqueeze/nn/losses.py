@@ -6,12 +6,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+UNLABELLED = -100  # the label of a row that has none: torch's cross entropy leaves it out
+
 
 def task(logits: Tensor, labels: Tensor, *, regression: bool) -> Tensor:
-    """Cross entropy of ``logits[batch, classes]`` with class indices, or the squared error of ``logits[batch, 1]`` against scores."""
+    """Cross entropy of ``logits[batch, classes]`` with class indices, or the squared error of ``logits[batch, 1]`` against scores.
+
+    Rows without a label (`UNLABELLED`) have no part in it; it is 0 where none has one.
+    """
+    there = labels != UNLABELLED
+    if not there.any():
+        return logits.float().sum() * 0.0
     if regression:
-        return functional.mse_loss(logits.float()[:, 0], labels.float())
-    return functional.cross_entropy(logits.float(), labels.long())
+        return functional.mse_loss(logits.float()[there, 0], labels.float()[there])
+    return functional.cross_entropy(logits.float(), labels.long(), ignore_index=UNLABELLED)
 
 
 def logits(student: Tensor, teacher: Tensor, *, temperature: float, regression: bool) -> Tensor:

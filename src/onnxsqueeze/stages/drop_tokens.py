@@ -52,9 +52,7 @@ class DropTokens(TaughtSettings):
         kept_tokens.attach(model, family, kept)
         structure.note(model, structure.of(model, family))
         examples, selection = (batches.encode(parent.path, rows.rows, task.max_length) for rows in (context.train, context.selection))
-        lessons = distillation.Distillation(
-            self, model, family, context, parent=parent.path, teacher_folder=teacher.path if teacher else None, kept=range(deep), of=deep
-        )
+        lessons = distillation.Distillation(self, model, family, context, parent, teacher)
         training.place(model)
         untrained = training.score(model, family, selection, context)
         outcome = training.train(

@@ -54,16 +54,7 @@ class EarlyExit(TaughtSettings):
         if self.train == "exits":
             for name, parameter in model.named_parameters():
                 parameter.requires_grad = name.startswith(f"{exits.ATTRIBUTE}.")
-        lessons = distillation.Distillation(
-            self,
-            model,
-            family,
-            context,
-            parent=parent.path,
-            teacher_folder=teacher.path if teacher else None,
-            kept=range(deep),
-            of=deep,
-        )
+        lessons = distillation.Distillation(self, model, family, context, parent, teacher)
 
         def loss(batch: training.Batch) -> torch.Tensor:
             own = lessons.run(batch, states=True)

@@ -51,7 +51,6 @@ class Factorize(TaughtSettings):
         Raises StageError where the ranks asked for would save nothing, or something is in factors already.
         """
         from onnxsqueeze.nn import batches, checkpoint, distillation, structure, training
-        from onnxsqueeze.nn import family as families
 
         task = context.task
         model, family = checkpoint.load(parent.path, task)
@@ -68,17 +67,7 @@ class Factorize(TaughtSettings):
             raise StageError(
                 f"{self.name}: factors of these ranks have no fewer weights", remedy="lower share, vocabulary_rank or multiple_of"
             )
-        deep = len(families.layers(model, family))
-        lessons = distillation.Distillation(
-            self,
-            model,
-            family,
-            context,
-            parent=parent.path,
-            teacher_folder=teacher.path if teacher else None,
-            kept=range(deep),
-            of=deep,
-        )
+        lessons = distillation.Distillation(self, model, family, context, parent, teacher)
         training.place(model)
         untrained = training.score(model, family, selection, context)
         outcome = training.train(

@@ -115,16 +115,7 @@ class PruneStructure(TaughtSettings):
             times = _times(self.budget, parent.path, Path(scratch), context)
             full = self._cost_of_all(model, family, times)
             kept = self._cut_whole(model, family, parent, context)
-            lessons = distillation.Distillation(
-                self,
-                model,
-                family,
-                context,
-                parent=parent.path,
-                teacher_folder=teacher.path if teacher else None,
-                kept=kept,
-                of=deep,
-            )
+            lessons = distillation.Distillation(self, model, family, context, parent, teacher, kept=kept, of=deep)
             total = math.ceil(len(examples) / self.batch_size) * self.epochs
             chooser = _Chooser.of(self, model, family, full, total, times)
             masked = chooser.masked

@@ -77,7 +77,6 @@ class PruneWeights(TaughtSettings):
         task = context.task
         model, family = checkpoint.load(parent.path, task)
         names = list(families.linear_weights(model, family)) + (list(families.embedding_weights(model, family)) if self.embeddings else [])
-        deep = len(families.layers(model, family))
         pattern = _numbers(self.pattern) if self.pattern else None
         self._require_whole_rows(model, names, pattern)
         pruned = masks.Masks(model, _groups(names, self.scope), self.criterion, pattern)
@@ -89,16 +88,7 @@ class PruneWeights(TaughtSettings):
             )
 
         examples = batches.encode(parent.path, context.train.rows, task.max_length)
-        lessons = distillation.Distillation(
-            self,
-            model,
-            family,
-            context,
-            parent=parent.path,
-            teacher_folder=teacher.path if teacher else None,
-            kept=range(deep),
-            of=deep,
-        )
+        lessons = distillation.Distillation(self, model, family, context, parent, teacher)
         total = math.ceil(len(examples) / self.batch_size) * self.epochs
         last = max(1, math.floor(total * (1 - self.recovery)))
         first = min(math.ceil(total * self.warmup), last - 1)

@@ -64,16 +64,7 @@ class ShareLayers(TaughtSettings):
         structure.share(model, family, first)
 
         examples, selection = (batches.encode(parent.path, rows.rows, task.max_length) for rows in (context.train, context.selection))
-        lessons = distillation.Distillation(
-            self,
-            model,
-            family,
-            context,
-            parent=parent.path,
-            teacher_folder=teacher.path if teacher else None,
-            kept=range(deep),
-            of=deep,
-        )
+        lessons = distillation.Distillation(self, model, family, context, parent, teacher)
         outcome = training.train(
             model, family, self, context, examples=examples, selection=selection, loss=lessons.loss, companion=lessons.companion
         )

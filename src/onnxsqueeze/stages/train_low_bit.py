@@ -53,19 +53,9 @@ class TrainLowBit(TaughtSettings):
         model, family = checkpoint.load(parent.path, task)
         examples, selection = (batches.encode(parent.path, rows.rows, task.max_length) for rows in (context.train, context.selection))
         names = list(families.linear_weights(model, family)) + (list(families.embedding_weights(model, family)) if self.embeddings else [])
-        deep = len(families.layers(model, family))
         training.place(model)
         moved = levels.OnLevels(model, names, self.method, self.bits, per_row=self.scope == "row")
-        lessons = distillation.Distillation(
-            self,
-            model,
-            family,
-            context,
-            parent=parent.path,
-            teacher_folder=teacher.path if teacher else None,
-            kept=range(deep),
-            of=deep,
-        )
+        lessons = distillation.Distillation(self, model, family, context, parent, teacher)
         per_epoch = math.ceil(len(examples) / self.batch_size)
 
         def after_step(done: int) -> None:

@@ -33,23 +33,13 @@ class TrainQuantized(TaughtSettings):
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:
         """Write the epoch that scores best when it is rounded; counts the tensors that differ from the parent's."""
         from onnxsqueeze.nn import batches, checkpoint, distillation, training
-        from onnxsqueeze.nn import family as families
         from onnxsqueeze.nn.fake import FakeQuantized
 
         task = context.task
         model, family = checkpoint.load(parent.path, task)
         examples, selection = (batches.encode(parent.path, rows.rows, task.max_length) for rows in (context.train, context.selection))
-        deep, seven = len(families.layers(model, family)), seven_bits(self.reduce_range)
-        lessons = distillation.Distillation(
-            self,
-            model,
-            family,
-            context,
-            parent=parent.path,
-            teacher_folder=teacher.path if teacher else None,
-            kept=range(deep),
-            of=deep,
-        )
+        seven = seven_bits(self.reduce_range)
+        lessons = distillation.Distillation(self, model, family, context, parent, teacher)
         in_float = training.score(model, family, selection, context)
         with FakeQuantized(model, per_channel=self.per_channel, bits=7 if seven else 8):
             untrained = training.score(model, family, selection, context)

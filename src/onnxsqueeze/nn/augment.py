@@ -1,0 +1,75 @@
+"""More rows for a student, without labels: the teacher says what they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from onnxsqueeze.nn import checkpoint
+from onnxsqueeze.nn.losses import UNLABELLED
+from onnxsqueeze.tasks.rows import Row
+
+_NEIGHBOURS = 15
+_CHUNK = 512
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_BEGINS = ("\u0120", "\u2581")  # how byte-level BPE and its like mark a piece that begins a word
+
+
+def from_texts(texts: Sequence[str], count: int, seed: int, *, pairs: bool) -> list[Row]:
+    """``count`` rows (or as many as there are) drawn from ``texts``, in their order; of a task with pairs each line with the one behind it."""
+    usable = len(texts) - 1 if pairs else len(texts)
+    drawn = np.sort(np.random.default_rng(seed).permutation(usable)[:count])
+    return [Row(texts[i], texts[i + 1] if pairs else None, UNLABELLED) for i in drawn.tolist()]
+
+
+def with_other_words(rows: Sequence[Row], folder: Path, copies: int, share: float, seed: int) -> list[Row]:
+    """``copies`` of each row in which a ``share`` of the words that the vocabulary knows is replaced by near ones.
+
+    Near are the 15 words whose vectors in the model's own table have the largest cosine. Copies that came out as the row itself are left out.
+    Source: Jiao et al. 2020, "TinyBERT", algorithm 1 (there by a masked language model and by GloVe's neighbours).
+    """
+    near = _neighbours(folder, {word.lower() for row in rows for text in _texts(row) for word in _WORD.findall(text)})
+    random = np.random.default_rng(seed)
+
+    def other(found: re.Match[str]) -> str:
+        known = near.get(found.group().lower())
+        if known is None or random.random() >= share:
+            return found.group()
+        word = known[int(random.integers(len(known)))]
+        return word.capitalize() if found.group()[0].isupper() else word
+
+    made = [
+        replace(row, text=_WORD.sub(other, row.text), text_pair=row.text_pair and _WORD.sub(other, row.text_pair), label=UNLABELLED)
+        for _ in range(copies)
+        for row in rows
+    ]
+    return [new for new, row in zip(made, [*rows] * copies, strict=True) if _texts(new) != _texts(row)]
+
+
+def _texts(row: Row) -> tuple[str, ...]:
+    return (row.text,) if row.text_pair is None else (row.text, row.text_pair)
+
+
+def _neighbours(folder: Path, words: set[str]) -> dict[str, list[str]]:
+    """Of those of ``words`` that are one piece of the vocabulary, the nearest other words."""
+    vocabulary = checkpoint.vocabulary(folder)
+    vectors = torch.nn.functional.normalize(checkpoint.vocabulary_matrix(folder).float(), dim=1)
+    marked = any(piece.startswith(_BEGINS) for piece in vocabulary)
+    whole: dict[str, int] = {}
+    for piece, i in sorted(vocabulary.items(), key=lambda item: item[1]):
+        bare = piece[1:] if marked and piece.startswith(_BEGINS) else None if marked else piece
+        if bare and _WORD.fullmatch(bare) and bare.islower():
+            whole.setdefault(bare, i)
+    names, places = list(whole), torch.tensor(list(whole.values()))
+    asked = [word for word in sorted(words) if word in whole]
+    found: dict[str, list[str]] = {}
+    for start in range(0, len(asked), _CHUNK):
+        some = asked[start : start + _CHUNK]
+        near = (vectors[[whole[word] for word in some]] @ vectors[places].T).topk(min(_NEIGHBOURS + 1, len(names)), dim=1).indices.tolist()
+        found |= {word: [names[i] for i in order if names[i] != word][:_NEIGHBOURS] for word, order in zip(some, near, strict=True)}
+    return {word: others for word, others in found.items() if others}
