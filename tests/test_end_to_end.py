@@ -189,6 +189,7 @@ def test_one_recipe_per_single_method(recipe: str, qdp: tuple[Outcome, list[str]
 
 # What makes a recipe of recipes/methods/ fit a model of two layers.
 METHODS = {
+    "distill-small": [],
     "drop-tokens": ["drop-tokens.keep={0: 60}", "drop-tokens.epochs=1"],
     "early-exit": ["early-exit.after=[0]", "early-exit.epochs=1"],
     "factorize": ["factorize.vocabulary_rank=8", "factorize.epochs=1"],
@@ -209,6 +210,8 @@ def test_one_recipe_per_method_ends_in_files_that_are_measured(method: str, qdp:
     overrides = [*SMALL, *(f"stages.{one}" for one in METHODS[method])]
     if method == "early-exit":
         overrides += [f"targets.{name}.stages.branch-exits.max_drop_pp=100" for name in ("early-exit-fp32", "early-exit-int8")]
+    if method == "distill-small":
+        overrides += [f"targets.{name}.stages.distill-small.epochs=1" for name in ("cnn-fp32", "cnn-int8", "bilstm-fp32")]
     outcome, lines = run(
         RECIPES / "methods" / f"{method}.yaml", place / method, model=place / "model", store=place / "store", overrides=overrides
     )

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,11 +14,27 @@ import torch
 from onnxsqueeze.nn import checkpoint
 from onnxsqueeze.nn.losses import UNLABELLED
 from onnxsqueeze.tasks.rows import Row
+from onnxsqueeze.tasks.tables import read_texts
+
+if TYPE_CHECKING:
+    from onnxsqueeze.artifact import Artifact
+    from onnxsqueeze.nn.settings import AugmentedSettings
+    from onnxsqueeze.stage import Context
 
 _NEIGHBOURS = 15
 _CHUNK = 512
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _BEGINS = ("\u0120", "\u2581")  # how byte-level BPE and its like mark a piece that begins a word
+
+
+def more_rows(settings: AugmentedSettings, parent: Artifact, context: Context) -> Context:
+    """The context with the rows that the teacher alone labels behind the task's own."""
+    rows, more = context.train.rows, []
+    if settings.texts is not None:
+        more += from_texts(read_texts(settings.texts), settings.texts_count, context.seed, pairs=rows[0].text_pair is not None)
+    if settings.other_words:
+        more += with_other_words(rows, parent.path, settings.other_words, settings.other_words_share, context.seed)
+    return replace(context, train=replace(context.train, rows=[*rows, *more])) if more else context
 
 
 def from_texts(texts: Sequence[str], count: int, seed: int, *, pairs: bool) -> list[Row]:

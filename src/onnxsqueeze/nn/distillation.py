@@ -35,7 +35,7 @@ class Distillation:
     def __init__(
         self,
         settings: TaughtSettings,
-        model: PreTrainedModel,
+        model: Any,
         family: Family,
         context: Context,
         parent: Artifact,
@@ -55,10 +55,10 @@ class Distillation:
         if weights.token_by_token:
             teachers.require_same_tokens(settings.name, weights.token_by_token, teacher.path, parent.path, context)
         master = teachers.load(teacher.path, context, eager_attention=weights.attention > 0)
-        own = len(families.layers(model, family))
-        self._teaching = teaching_layers(
-            range(own) if kept is None else kept, own if kept is None else of, len(families.layers(master.model, master.family))
-        )
+        if kept is None:
+            of = len(families.layers(model, family))
+            kept = range(of)
+        self._teaching = teaching_layers(kept, of, len(families.layers(master.model, master.family)))
         if weights.logits > 0:
             self._known = teachers.logits(master, settings.precision, context)
         if weights.hidden > 0 and model.config.hidden_size != master.model.config.hidden_size:
@@ -87,8 +87,8 @@ class Distillation:
 
     def run(self, batch: training.Batch, *, states: bool = False) -> Any:
         """What the student says of a batch, with all that the losses need (and its hidden states, where asked): transformers' output."""
-        weights = self._weights
-        return self._model(**batch.inputs, output_hidden_states=states or weights.hidden > 0, output_attentions=weights.attention > 0)
+        asked = {"output_hidden_states": states or self._weights.hidden > 0, "output_attentions": self._weights.attention > 0}
+        return self._model(**batch.inputs, **{name: True for name, wanted in asked.items() if wanted})
 
     def loss_of(self, own: Any, batch: training.Batch) -> Tensor:
         """The same of what `run` gave."""

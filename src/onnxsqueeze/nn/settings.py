@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from onnxsqueeze.nn.precision import Precision, machine_bound
 from onnxsqueeze.stage import Stage, State
@@ -76,3 +77,22 @@ class TaughtSettings(TrainingSettings):
     def loss_weights(self) -> LossWeights:
         """What the losses beside a teacher weigh."""
         return LossWeights(self.alpha_task, self.alpha_logits, self.alpha_hidden, temperature=self.temperature)
+
+
+class AugmentedSettings(TaughtSettings):
+    """Training beside a teacher on more rows than the task has: rows without labels, of which the teacher says what they are."""
+
+    text_files: ClassVar[tuple[str, ...]] = ("texts",)
+
+    texts: Path | None = Field(
+        None, description="Text file, one text a line, relative to the recipe: more rows, without labels; the teacher says what they are"
+    )
+    texts_count: int = Field(20_000, ge=1, description="How many of its lines are drawn")
+    other_words: int = Field(0, ge=0, le=20, description="Copies of each training row with words replaced by near ones, without labels")
+    other_words_share: float = Field(0.3, gt=0, le=1, description="Part of a copy's words that is replaced")
+
+    @model_validator(mode="after")
+    def _has_a_teachers_loss(self) -> Self:
+        if (self.texts or self.other_words) and not self.loss_weights().taught:
+            raise ValueError("texts and other_words have no labels: a loss against the teacher must be above 0")
+        return self

@@ -59,6 +59,7 @@ class Outcome:
     device: str
     resumed_at_epoch: int | None
     restarted: str | None = None
+    rows: int = 0  # that an epoch trained on
 
     @property
     def best_score(self) -> float:
@@ -67,8 +68,9 @@ class Outcome:
 
     def details(self) -> dict[str, Any]:
         """For the record."""
+        speed = self.rows * len(self.history) / sum(epoch["seconds"] for epoch in self.history)
         found = {"history": list(self.history), "best_epoch": self.best_epoch, "precision": self.precision, "device": self.device}
-        return found | self.again()
+        return found | {"rows_per_second": round(speed, 1)} | self.again()
 
     def again(self) -> dict[str, Any]:
         """Where it took up, or why it began anew; empty where nothing had interrupted it."""
@@ -218,7 +220,7 @@ def train(
         )
     model.load_state_dict(state.best)
     model.to("cpu").eval()
-    return Outcome(tuple(state.history), state.best_epoch, format_, device().type, resumed_at, restarted)
+    return Outcome(tuple(state.history), state.best_epoch, format_, device().type, resumed_at, restarted, len(examples))
 
 
 def together(first: nn.Module, second: nn.Module | None) -> nn.Module:

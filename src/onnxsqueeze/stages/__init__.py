@@ -8,6 +8,7 @@ from pydantic import Field
 
 from onnxsqueeze.stages.branch_exits import BranchExits
 from onnxsqueeze.stages.distill import Distill
+from onnxsqueeze.stages.distill_small import DistillSmall
 from onnxsqueeze.stages.drop_tokens import DropTokens
 from onnxsqueeze.stages.early_exit import EarlyExit
 from onnxsqueeze.stages.export import Export
@@ -29,6 +30,7 @@ from onnxsqueeze.stages.train_quantized import TrainQuantized
 AnyStage = Annotated[
     Finetune
     | Distill
+    | DistillSmall
     | PruneWeights
     | PruneStructure
     | Factorize
@@ -53,6 +55,7 @@ __all__ = [
     "AnyStage",
     "BranchExits",
     "Distill",
+    "DistillSmall",
     "DropTokens",
     "EarlyExit",
     "Export",

@@ -12,19 +12,17 @@ from pydantic import Field, model_validator
 from onnxsqueeze.artifact import Artifact
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.nn.family import family_of
-from onnxsqueeze.nn.settings import LossWeights, TaughtSettings
+from onnxsqueeze.nn.settings import AugmentedSettings, LossWeights
 from onnxsqueeze.stage import Changed, Context
-from onnxsqueeze.tasks.tables import read_texts
 
 
-class Distill(TaughtSettings):
+class Distill(AugmentedSettings):
     """Keeps some layers of the parent, with its embeddings and head, and trains them on a weighted sum of losses.
 
     Source: initialisation from the teacher's layers, Sanh et al. 2019, "DistilBERT", section 3; losses, `onnxsqueeze.nn.losses`.
     """
 
     needs_teacher: ClassVar[bool] = True
-    text_files: ClassVar[tuple[str, ...]] = ("texts",)
 
     kind: Literal["distill"] = "distill"
     layers: Annotated[int, Field(ge=1)] | tuple[int, ...] = Field(3, description="How many layers to keep, or which, counted from 0")
@@ -32,12 +30,6 @@ class Distill(TaughtSettings):
         "even", description="Of a number: evenly up to the last, or those without which the loss on some training rows is highest"
     )
     asked_rows: int = Field(512, ge=32, description="Training rows that are asked which layers are useful")
-    texts: Path | None = Field(
-        None, description="Text file, one text a line, relative to the recipe: more rows, without labels; the teacher says what they are"
-    )
-    texts_count: int = Field(20_000, ge=1, description="How many of its lines are drawn")
-    other_words: int = Field(0, ge=0, le=20, description="Copies of each training row with words replaced by near ones, without labels")
-    other_words_share: float = Field(0.3, gt=0, le=1, description="Part of a copy's words that is replaced")
     alpha_attention: float = Field(0.0, ge=0, description="Weight of the loss against the teacher's attention")
     alpha_relations: float = Field(
         0.0,
@@ -55,8 +47,6 @@ class Distill(TaughtSettings):
     def _has_a_loss(self) -> Self:
         if self.alpha_task == self.alpha_logits == self.alpha_hidden == self.alpha_attention == self.alpha_relations == 0:
             raise ValueError("one of alpha_task, alpha_logits, alpha_hidden, alpha_attention and alpha_relations must be above 0")
-        if (self.texts or self.other_words) and not self.loss_weights().taught:
-            raise ValueError("texts and other_words have no labels: a loss against the teacher must be above 0")
         return self
 
     def misfit(self, config: Mapping[str, Any]) -> str | None:
@@ -66,7 +56,7 @@ class Distill(TaughtSettings):
 
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:
         """Write the best epoch's student; counts the tensors that differ from the parent's or are gone."""
-        from onnxsqueeze.nn import batches, checkpoint, distillation, importance, structure, training
+        from onnxsqueeze.nn import augment, batches, checkpoint, distillation, importance, structure, training
         from onnxsqueeze.nn import family as families
         from onnxsqueeze.stages import calibration
 
@@ -77,7 +67,7 @@ class Distill(TaughtSettings):
         task = context.task
         model, family = checkpoint.load(parent.path, task, eager_attention=self.alpha_attention > 0)
         given = len(context.train.rows)
-        context = self._with_more_rows(parent, context)
+        context = augment.more_rows(self, parent, context)
         examples = batches.encode(parent.path, context.train.rows, task.max_length)
         had = len(families.layers(model, family))
         kept = chosen_layers(self.layers, had, self.name)
@@ -109,17 +99,6 @@ class Distill(TaughtSettings):
             "rows_without_labels": len(context.train.rows) - given,
         }
         return Changed(checkpoint.changed_tensors(parent.path, out), "tensors", details)
-
-    def _with_more_rows(self, parent: Artifact, context: Context) -> Context:
-        """The context with the rows that the teacher alone labels behind the task's own."""
-        from onnxsqueeze.nn import augment
-
-        rows, more = context.train.rows, []
-        if self.texts is not None:
-            more += augment.from_texts(read_texts(self.texts), self.texts_count, context.seed, pairs=rows[0].text_pair is not None)
-        if self.other_words:
-            more += augment.with_other_words(rows, parent.path, self.other_words, self.other_words_share, context.seed)
-        return replace(context, train=replace(context.train, rows=[*rows, *more])) if more else context
 
 
 def chosen_layers(wanted: int | tuple[int, ...], available: int, name: str) -> tuple[int, ...]:
