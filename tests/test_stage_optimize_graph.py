@@ -118,6 +118,7 @@ def test_a_form_that_does_more_than_it_says_is_caught(
         build(OptimizeGraph(), exported[0], tmp_path / "out", exported[2])
 
 
+@pytest.mark.full
 def test_tuning_keeps_what_no_trial_found_slower_and_records_every_trial(
     exported: tuple[Artifact, Artifact, Context], tmp_path: Path
 ) -> None:

@@ -224,6 +224,7 @@ def test_hidden_units_that_nothing_reads_are_worth_nothing(tmp_path: Path) -> No
     assert found.count_nonzero() == 30
 
 
+@pytest.mark.full
 def test_a_budget_in_milliseconds_is_measured_and_kept(tmp_path: Path) -> None:
     parent = random_checkpoint(tmp_path / "parent", "bert", layers=2, hidden=128, heads=8)
     stage = QUICK.model_copy(update={"budget": Budget(measure="milliseconds", share=0.7), "epochs": 1})
