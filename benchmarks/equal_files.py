@@ -1,8 +1,8 @@
-"""How often equal files are told apart: one file, measured as four candidates. What `TIE_RATIO` must swallow.
+"""How often equal files are told apart: one file, measured as four candidates. About one comparison in twenty may be, at most.
 
     python benchmarks/equal_files.py runs/qdp-toy/qdp-ort
 
-Prints a line per comparison and the largest ratio, either way, that a valid one gave.
+Prints a line per comparison, how many had which verdict, and the largest ratio, either way, that a valid one gave.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from onnxsqueeze.measure.latency import Candidate, measure_latency
@@ -27,7 +28,7 @@ def main() -> None:
     cli.add_argument("target", type=Path, help="a target's folder below --out")
     cli.add_argument("--repeats", type=int, default=3)
     asked = cli.parse_args()
-    largest = 1.0
+    largest, verdicts = 1.0, Counter[str]()
     with tempfile.TemporaryDirectory() as scratch:
         names = [f"copy {i}" for i in range(4)]
         for name in names:
@@ -41,9 +42,10 @@ def main() -> None:
                         continue
                     low, high = result.speedup_ci95
                     print(f"{shape}: {name}: {result.speedup:.3f} ({low:.3f} to {high:.3f}), {result.verdict}")
+                    verdicts[result.verdict] += 1
                     if result.verdict != "unproven":
                         largest = max(largest, result.speedup, 1 / result.speedup)
-    print(f"largest ratio of equal files: {largest:.3f}")
+    print(f"{dict(verdicts)}; largest ratio of equal files: {largest:.3f}")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,15 @@ from onnxsqueeze.nn.precision import effective, machine_bound
 from onnxsqueeze.nn.settings import TrainingSettings
 from onnxsqueeze.stage import Context, Progress
 from onnxsqueeze.stages.distill import Distill
+from onnxsqueeze.stages.drop_tokens import DropTokens
+from onnxsqueeze.stages.early_exit import EarlyExit
+from onnxsqueeze.stages.factorize import Factorize
 from onnxsqueeze.stages.finetune import Finetune
+from onnxsqueeze.stages.prune_structure import PruneStructure
 from onnxsqueeze.stages.prune_weights import PruneWeights
+from onnxsqueeze.stages.share_layers import ShareLayers
+from onnxsqueeze.stages.train_low_bit import TrainLowBit
+from onnxsqueeze.stages.train_quantized import TrainQuantized
 from onnxsqueeze.tasks.metrics import primary
 
 
@@ -47,6 +54,19 @@ STAGES: dict[str, TrainingSettings] = {
     "finetune": Finetune(epochs=3, batch_size=16, learning_rate=1e-3),
     "distill": Distill(layers=1, epochs=3, batch_size=16, learning_rate=1e-3, alpha_attention=1.0, freeze_embeddings=True),
     "prune-weights": PruneWeights(epochs=3, batch_size=16, learning_rate=1e-3, sparsity=0.7, recovery=0.1),
+    "prune-weights by movement": PruneWeights(
+        epochs=3, batch_size=16, learning_rate=1e-3, sparsity=0.7, recovery=0.1, criterion="movement"
+    ),
+    "prune-structure": PruneStructure(epochs=3, batch_size=16, learning_rate=1e-3, multiple_of=8, recovery=0.1),
+    "prune-structure by gates": PruneStructure(
+        epochs=3, batch_size=16, learning_rate=1e-3, multiple_of=8, recovery=0.1, importance="gates"
+    ),
+    "factorize": Factorize(epochs=3, batch_size=16, learning_rate=1e-3, multiple_of=2),
+    "share-layers": ShareLayers(epochs=3, batch_size=16, learning_rate=1e-3, distinct=1),
+    "train-quantized": TrainQuantized(epochs=3, batch_size=16, learning_rate=1e-3),
+    "train-low-bit": TrainLowBit(epochs=3, batch_size=16, learning_rate=1e-3, renew=3),
+    "early-exit": EarlyExit(epochs=3, batch_size=16, learning_rate=1e-3, after=(0,)),
+    "drop-tokens": DropTokens(epochs=3, batch_size=16, learning_rate=1e-3, keep={0: 60}),
 }
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from models import FAMILIES, FamilyName, random_checkpoint, run_stage, toy_context, toy_rows, toy_task
 from onnxsqueeze import graph
-from onnxsqueeze.errors import ModelError, StageError
+from onnxsqueeze.errors import StageError
 from onnxsqueeze.nn import checkpoint, kept_tokens, structure
 from onnxsqueeze.nn import family as families
 from onnxsqueeze.nn.batches import encode
@@ -21,8 +21,9 @@ from onnxsqueeze.stages.distill import Distill
 from onnxsqueeze.stages.drop_tokens import DropTokens
 from onnxsqueeze.stages.export import Export
 from onnxsqueeze.stages.optimize_graph import OptimizeGraph
-from onnxsqueeze.stages.prune_structure import Budget, PruneStructure
+from onnxsqueeze.stages.prune_structure import PruneStructure
 from onnxsqueeze.stages.quantize_dynamic import QuantizeDynamic
+from onnxsqueeze.stages.structure_budget import Budget
 from onnxsqueeze.tokens import Encoder, pad
 
 QUICK = DropTokens(keep={0: 60, 1: 50}, epochs=1, batch_size=16, learning_rate=1e-3)
@@ -130,7 +131,7 @@ def test_it_goes_with_a_pruned_model_and_what_follows_knows_of_it(tmp_path: Path
     run_stage(Export(), out, tmp_path / "onnx", context=toy_context(tmp_path / "onnx"))
     with pytest.raises(StageError, match="the parent drops tokens"):
         run_stage(PruneStructure(epochs=1, batch_size=16, multiple_of=8), out, tmp_path / "again")
-    with pytest.raises(ModelError, match="with dropped tokens cannot be dropped"):
+    with pytest.raises(StageError, match="distill: the parent drops tokens"):
         run_stage(Distill(layers=2, epochs=1), out, tmp_path / "student", teacher=parent)
     with pytest.raises(StageError, match="drops tokens already"):
         run_stage(QUICK, out, tmp_path / "twice", teacher=parent)

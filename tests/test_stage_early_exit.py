@@ -11,12 +11,14 @@ import onnxruntime as ort
 import pytest
 import torch
 from numpy.typing import NDArray
+from onnx import TensorProto, helper
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from models import FAMILIES, FamilyName, artifact, random_checkpoint, run_stage, toy_context, toy_rows, toy_task
+from models import FAMILIES, FamilyName, random_checkpoint, run_stage, toy_context, toy_rows, toy_task
 from onnxsqueeze import graph
-from onnxsqueeze.errors import ModelError, StageError
+from onnxsqueeze.branches import branch
+from onnxsqueeze.errors import StageError
 from onnxsqueeze.nn import checkpoint, exits, structure
 from onnxsqueeze.nn.batches import encode
 from onnxsqueeze.stage import Context
@@ -25,8 +27,9 @@ from onnxsqueeze.stages.distill import Distill
 from onnxsqueeze.stages.early_exit import EarlyExit
 from onnxsqueeze.stages.export import Export
 from onnxsqueeze.stages.optimize_graph import OptimizeGraph
-from onnxsqueeze.stages.prune_structure import Budget, PruneStructure
+from onnxsqueeze.stages.prune_structure import PruneStructure
 from onnxsqueeze.stages.quantize_dynamic import QuantizeDynamic
+from onnxsqueeze.stages.structure_budget import Budget
 from onnxsqueeze.tokens import Encoder, pad
 
 QUICK = EarlyExit(after=(0, 2), epochs=1, batch_size=16, learning_rate=1e-3)
@@ -193,7 +196,7 @@ def test_a_pruned_model_can_have_exits_and_one_with_exits_keeps_its_layers(tmp_p
     pruned, _ = run_stage(PruneStructure(epochs=1, batch_size=16, multiple_of=8, budget=Budget(share=0.6)), parent, tmp_path / "pruned")
     out, _ = run_stage(QUICK, pruned, tmp_path / "exits", teacher=parent)
     chain(out, Export(), QuantizeDynamic(), BranchExits(threshold=0.9))
-    with pytest.raises(ModelError, match="with exits cannot be dropped"):
+    with pytest.raises(StageError, match="distill: the parent has exits"):
         run_stage(Distill(layers=2, epochs=1), out, tmp_path / "student", teacher=parent)
 
 
@@ -213,17 +216,37 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         BranchExits.model_validate({"kind": "branch-exits", "threshold": 1.5})
 
 
-def test_where_no_threshold_keeps_the_score_the_whole_model_runs_for_all(tmp_path: Path) -> None:
+def test_where_no_row_can_leave_without_costing_too_much_it_says_so(tmp_path: Path) -> None:
     parent = random_checkpoint(tmp_path / "parent", "bert", layers=4)
     out, _ = run_stage(QUICK, parent, tmp_path, teacher=parent)
     exported = chain(out, Export())
-    seen: list[float] = []
+    heads = exits.predict(*checkpoint.load(out, toy_task()), encode(out, toy_context(tmp_path / "rows").selection.rows, 32))
 
     def select(logits: NDArray[np.float32]) -> float:
-        seen.append(1.0 if not seen else 0.0)
-        return seen[-1]
+        """1 where every row has the last head's logits, else 0."""
+        return float(np.allclose(logits, heads[0], atol=1e-4))
 
     context = replace(toy_context(tmp_path / "never"), select=select)
-    with pytest.raises(StageError, match=r"no threshold keeps the selection score of 1\.0000 within 0\.5 points"):
+    with pytest.raises(
+        StageError, match=r"max_drop_pp: wherever a selection row leaves, the score falls by more than 0\.5 points from 1\.0000"
+    ):
         run_stage(BranchExits(), exported, tmp_path / "never", context=context)
-    assert artifact(exported).onnx.is_file()
+
+
+def test_a_rest_that_reads_a_length_is_refused_with_what_to_do() -> None:
+    """On both sides of the exit a Reshape reads the batch's length: behind it, with fewer rows, it would be wrong."""
+    nodes = [
+        helper.make_node("Cast", ["ids"], ["states"], to=TensorProto.FLOAT),
+        helper.make_node("Shape", ["ids"], ["length"]),
+        helper.make_node("Reshape", ["states", "length"], ["leave"]),
+        helper.make_node("Exp", ["states"], ["more"]),
+        helper.make_node("Reshape", ["more", "length"], ["logits"]),
+    ]
+    inputs = [helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", 2])]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 2]) for name in ("logits", "leave")]
+    model = helper.make_model(helper.make_graph(nodes, "g", inputs, outputs), opset_imports=[helper.make_opsetid("", 18)])
+    with pytest.raises(
+        StageError, match="branch-exits: what lies behind leave reads length, which may hold the length of the batch"
+    ) as caught:
+        branch(model, ["leave"], 0.5, "branch-exits")
+    assert "constant-shapes" in str(caught.value.remedy)

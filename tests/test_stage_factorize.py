@@ -20,7 +20,8 @@ from onnxsqueeze.nn.batches import encode
 from onnxsqueeze.nn.training import predict
 from onnxsqueeze.stages.export import Export
 from onnxsqueeze.stages.factorize import Factorize
-from onnxsqueeze.stages.prune_structure import Budget, PruneStructure
+from onnxsqueeze.stages.prune_structure import PruneStructure
+from onnxsqueeze.stages.structure_budget import Budget
 
 QUICK = Factorize(epochs=1, batch_size=16, learning_rate=1e-4, multiple_of=2)
 

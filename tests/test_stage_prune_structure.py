@@ -21,7 +21,8 @@ from onnxsqueeze.nn.importance import Asked, hidden_units
 from onnxsqueeze.nn.structure import Structure
 from onnxsqueeze.stage import Call
 from onnxsqueeze.stages.export import Export
-from onnxsqueeze.stages.prune_structure import Budget, PruneStructure
+from onnxsqueeze.stages.prune_structure import PruneStructure
+from onnxsqueeze.stages.structure_budget import Budget
 
 QUICK = PruneStructure(epochs=2, batch_size=16, learning_rate=1e-3, multiple_of=8, budget=Budget(share=0.5))
 
@@ -216,8 +217,7 @@ def test_hidden_units_that_nothing_reads_are_worth_nothing(tmp_path: Path) -> No
     for norm in ("bert.embeddings.LayerNorm", "bert.encoder.layer.0.attention.output.LayerNorm"):
         model.get_parameter(f"{norm}.weight").data[dull] = 0  # or the residual would carry them into the next norm
         model.get_parameter(f"{norm}.bias").data[dull] = 0
-    context = toy_context(tmp_path)
-    asked = Asked(model, family, encode(folder, context.train.rows[:32], 32), regression=False)
+    asked = Asked(model, family, folder, toy_context(tmp_path), 32)
     found = hidden_units(model, asked)
 
     assert found[dull].max() == 0
@@ -248,23 +248,6 @@ def test_a_budget_that_no_model_can_hold_is_refused_with_what_is_least(tmp_path:
     stage = QUICK.model_copy(update={"budget": Budget(share=0.05), "multiple_of": 32})
     with pytest.raises(StageError, match=r"one head and 32 neurons a layer cost 6256 parameters, the budget is 1\d{3}"):
         run_stage(stage, parent, tmp_path)
-
-
-def test_a_killed_training_resumes_with_its_masks_and_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    parent = random_checkpoint(tmp_path / "parent", "bert", heads=4)
-    stage = QUICK.model_copy(update={"epochs": 3, "recovery": 0.4})
-    whole, _ = run_stage(stage, parent, tmp_path / "whole", teacher=parent)
-
-    def kill(done: int, total: int, note: str = "") -> None:
-        if "epoch" in note and done == 6:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_stage(stage, parent, tmp_path / "killed", teacher=parent, context=toy_context(tmp_path, progress=kill))
-    out, changed = run_stage(stage, parent, tmp_path / "again", teacher=parent, context=toy_context(tmp_path))
-
-    assert changed.details["resumed_at_epoch"] == 2
-    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 def test_only_epochs_with_the_final_structure_are_kept(tmp_path: Path) -> None:

@@ -126,23 +126,6 @@ def test_the_file_scores_what_the_best_epoch_scored(tmp_path: Path) -> None:
     assert context.select(logits) == pytest.approx(best)
 
 
-def test_a_killed_training_resumes_with_its_levels_and_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    parent = random_checkpoint(tmp_path / "parent", "bert")
-    stage = QUICK.model_copy(update={"epochs": 3, "renew": 3})
-    whole, _ = run_stage(stage, parent, tmp_path / "whole", teacher=parent)
-
-    def kill(done: int, total: int, note: str = "") -> None:
-        if "epoch" in note and done == 6:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_stage(stage, parent, tmp_path / "killed", teacher=parent, context=toy_context(tmp_path, progress=kill))
-    out, changed = run_stage(stage, parent, tmp_path / "again", teacher=parent, context=toy_context(tmp_path))
-
-    assert changed.details["resumed_at_epoch"] == 2
-    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-
-
 @pytest.mark.parametrize("method", ["binary", "ternary", "code-book"])
 def test_rows_that_are_zero_or_constant_stay_what_they_are(method: Method) -> None:
     for values in (torch.zeros(2, 8), torch.full((2, 8), 0.5)):

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from models import random_checkpoint
 from onnxsqueeze.errors import ModelError
-from onnxsqueeze.vocabulary import ByteLevelBpe, Reading, Vocabulary, merges_of
+from onnxsqueeze.splitting import ByteLevelBpe, merges_of
+from onnxsqueeze.vocabulary import Reading, Vocabulary
 
 # "z" and "☃" are no pieces of the WordPiece vocabularies: words with them are unknown. Of the byte-level ones every text is readable.
 TEXT = st.text("aaabbbccdz☃ .", max_size=30)
@@ -225,7 +226,7 @@ def refusal(tmp_path: Path, tokenizer: Tokenizer, **changes: Any) -> str:
 def test_other_kinds_of_tokenizers_are_refused_by_name_with_what_would_have_to_be_written(tmp_path: Path) -> None:
     message = refusal(tmp_path, Tokenizer(models.Unigram([("a", 0.0), ("b", -1.0)], unk_id=0)))
     assert "model Unigram: its pieces cannot be taken out yet; known: WordPiece, byte-level BPE" in message
-    assert "a class beside WordPiece in onnxsqueeze/vocabulary.py" in message
+    assert "a class beside WordPiece in onnxsqueeze/splitting.py" in message
     assert "model WordLevel" in refusal(tmp_path, Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))  # noqa: S106, no password
 
 

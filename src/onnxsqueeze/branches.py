@@ -21,11 +21,11 @@ THRESHOLD = "exit_threshold"
 _REMEDY = "put optimize-graph with constant-shapes in front of this stage"
 
 
-def branch(model: onnx.ModelProto, exits: Sequence[str], threshold: float) -> onnx.ModelProto:
+def branch(model: onnx.ModelProto, exits: Sequence[str], threshold: float, stage: str) -> onnx.ModelProto:
     """``model`` (outputs: logits first, then those named ``exits``, from the first layer to the last) with the logits alone as its output.
 
     ``threshold`` becomes an initializer that is also an input: a plain call needs only the usual inputs, another one may override it. Weights that
-    only the rest reads move into the branch. Raises StageError where the rest reads shapes that a smaller batch would make wrong.
+    only the rest reads move into the branch. Raises StageError, for the stage of that name, where the rest reads shapes that a smaller batch would make wrong.
     """
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
@@ -42,7 +42,7 @@ def branch(model: onnx.ModelProto, exits: Sequence[str], threshold: float) -> on
     graph.initializer.append(numpy_helper.from_array(np.array(threshold, np.float32), THRESHOLD))
     graph.input.append(helper.make_tensor_value_info(THRESHOLD, TensorProto.FLOAT, []))
     for depth, name in reversed(list(enumerate(exits))):
-        _fold(graph, logits, name, exits[:depth], depth, kinds)
+        _fold(graph, logits, name, exits[:depth], depth, kinds, stage)
     only = [output for output in graph.output if output.name == logits]
     del graph.output[:]
     graph.output.extend(only)
@@ -68,7 +68,7 @@ def _kind(value: Any, batch: Any) -> str:
     return "one" if all(isinstance(length, int) for length in value.shape) else "unknown"
 
 
-def _fold(graph: onnx.GraphProto, logits: str, leave: str, others: Sequence[str], depth: int, kinds: Mapping[str, str]) -> None:
+def _fold(graph: onnx.GraphProto, logits: str, leave: str, others: Sequence[str], depth: int, kinds: Mapping[str, str], stage: str) -> None:
     """Put what ``logits`` need beyond ``leave`` and ``others`` into a branch that the rows unsure of ``leave`` take."""
     from onnx import TensorProto, helper
 
@@ -84,7 +84,7 @@ def _fold(graph: onnx.GraphProto, logits: str, leave: str, others: Sequence[str]
     captured = sorted(read - initial - {THRESHOLD})
     unclear = [name for name in captured if kinds.get(name, "unknown") in ("shape", "unknown")]
     if unclear:
-        raise StageError(f"what lies behind {leave} reads {unclear[0]}, which may hold the length of the batch", remedy=_REMEDY)
+        raise StageError(f"{stage}: what lies behind {leave} reads {unclear[0]}, which may hold the length of the batch", remedy=_REMEDY)
     tag = f"exit_{depth}"
     smaller = {name: f"{name}_{tag}_unsure" for name in captured if kinds[name] == "rows"}
     merged, gone_on = f"{logits}_{tag}_merged", f"{logits}_{tag}_gone_on"

@@ -1,16 +1,18 @@
-"""The loss of a student beside its teacher: labels, logits, hidden states, attention and relations, each with its weight."""
+"""A student beside its teacher: the loss (labels, logits, hidden states, attention and relations, each with its weight), and the training on it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from onnxsqueeze.errors import StageError
+from onnxsqueeze.nn import batches, losses, structure, training
 from onnxsqueeze.nn import family as families
-from onnxsqueeze.nn import losses, structure, training
 from onnxsqueeze.nn import teacher as teachers
 from onnxsqueeze.nn.settings import LossWeights, TaughtSettings
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Distillation:
-    """What one student is trained on. ``companion`` are the projections that are trained beside it, or None.
+    """What one student is trained on, and its training.
 
     Without a teacher the loss is the task's alone. The parent's tokenizer reads the student's rows; the teacher reads them with its own. The student's
     layers were those with the indices ``kept`` ``of`` so many; they are all of the parent's where neither is given. Logits of the teacher are computed once, its hidden
@@ -45,8 +47,9 @@ class Distillation:
         of: int = 0,
     ) -> None:
         weights = settings.loss_weights()
-        self._model, self._regression = model, context.task.kind == "regression"
-        self.companion: losses.Projections | None = None
+        self._settings, self._model, self._family, self._context, self._folder = settings, model, family, context, parent.path
+        self._regression = context.task.kind == "regression"
+        self._projections: losses.Projections | None = None
         self._known: Tensor | None = None
         self._master: teachers.Teacher | None = None
         self._weights = weights if teacher and weights.taught else LossWeights(task=1.0)
@@ -64,7 +67,7 @@ class Distillation:
         if weights.hidden > 0 and model.config.hidden_size != master.model.config.hidden_size:
             with torch.random.fork_rng():
                 torch.manual_seed(context.seed)
-                self.companion = losses.Projections(len(self._teaching) + 1, model.config.hidden_size, master.model.config.hidden_size)
+                self._projections = losses.Projections(len(self._teaching) + 1, model.config.hidden_size, master.model.config.hidden_size)
         if weights.attention > 0:
             heads = [structure.of(one, of_).heads for one, of_ in ((model, family), (master.model, master.family))]
             _require_equal_heads(settings.name, heads[0], heads[1], self._teaching)
@@ -80,6 +83,45 @@ class Distillation:
     def taught(self) -> bool:
         """Whether a teacher has a part in it."""
         return self._weights.taught
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return math.ceil(len(self._context.train.rows) / self._settings.batch_size)
+
+    @cached_property
+    def selection(self) -> batches.Examples:
+        """The selection rows as the student reads them."""
+        return batches.encode(self._folder, self._context.selection.rows, self._context.task.max_length)
+
+    def score(self) -> float | None:
+        """The student's score on the selection rows, as it is; None where it is not finite."""
+        return training.score(self._model, self._family, self.selection, self._context)
+
+    def train(
+        self,
+        *,
+        loss: Callable[[training.Batch], Tensor] | None = None,
+        companion: nn.Module | None = None,
+        after_step: Callable[[int], None] | None = None,
+        first_epoch_to_keep: int = 1,
+        scored: Callable[[], float | None] | None = None,
+    ) -> training.Outcome:
+        """`training.train` on the context's rows; ``loss`` where it is not `loss` alone, ``companion`` beside what the losses train themselves."""
+        together = [one for one in (companion, self._projections) if one is not None]
+        return training.train(
+            self._model,
+            self._family,
+            self._settings,
+            self._context,
+            examples=batches.encode(self._folder, self._context.train.rows, self._context.task.max_length),
+            selection=self.selection,
+            loss=loss or self.loss,
+            companion=together[0] if len(together) == 1 else nn.ModuleList(together),
+            after_step=after_step,
+            first_epoch_to_keep=first_epoch_to_keep,
+            scored=scored,
+        )
 
     def loss(self, batch: training.Batch) -> Tensor:
         """The weighted sum for one batch; runs the student, and the teacher where its layers teach."""
@@ -103,7 +145,7 @@ class Distillation:
             other = self._master.model(**self._master.inputs(batch), output_hidden_states=states, output_attentions=attentions)
         mask = batch.inputs["attention_mask"]
         if states:
-            mine = own.hidden_states if self.companion is None else self.companion(own.hidden_states)
+            mine = own.hidden_states if self._projections is None else self._projections(own.hidden_states)
             theirs = [other.hidden_states[0], *(other.hidden_states[i + 1] for i in self._teaching)]  # 0: the embeddings' output
             pairs = [losses.hidden(a, b, mask) for a, b in zip(mine, theirs, strict=True)]
             total = total + weights.hidden * torch.stack(pairs).mean()

@@ -10,20 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from onnxsqueeze.nn import losses, training
-from onnxsqueeze.nn.batches import Examples, by_length
+from onnxsqueeze.nn.batches import by_length, encode
 from onnxsqueeze.nn.family import Family, layers
+from onnxsqueeze.tasks.rows import spread
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel
+
+    from onnxsqueeze.stage import Context
 
 _BATCH = 32
 
 
 class Asked:
-    """Rows that a model is asked about; ``loss`` is the task's, mean over all of them."""
+    """``count`` training rows that a model is asked about; ``loss`` is the task's, mean over all of them. ``folder`` has the tokenizer."""
 
-    def __init__(self, model: PreTrainedModel, family: Family, examples: Examples, *, regression: bool) -> None:
-        self._model, self._family, self._examples, self._regression = model, family, examples, regression
+    def __init__(self, model: PreTrainedModel, family: Family, folder: Path, context: Context, count: int) -> None:
+        examples = encode(folder, spread(context.train.rows, count), context.task.max_length)
+        self._model, self._family, self._examples, self._regression = model, family, examples, context.task.kind == "regression"
         self._labels = torch.tensor(examples.labels, device=training.device())
         self._batches = by_length([len(row) for row in examples.encoded], _BATCH)
         training.place(model)

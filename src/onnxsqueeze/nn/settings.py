@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -72,11 +72,20 @@ class TaughtSettings(TrainingSettings):
     temperature: float = Field(2.0, gt=0, description="Softens the logits of teacher and student")
     alpha_task: float = Field(0.5, ge=0, description="Weight of the loss against the labels, where there is a teacher")
     alpha_logits: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's logits, where there is a teacher")
-    alpha_hidden: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's hidden states, where there is a teacher")
 
     def loss_weights(self) -> LossWeights:
         """What the losses beside a teacher weigh."""
-        return LossWeights(self.alpha_task, self.alpha_logits, self.alpha_hidden, temperature=self.temperature)
+        return LossWeights(self.alpha_task, self.alpha_logits, temperature=self.temperature)
+
+
+class StatesTaughtSettings(TaughtSettings):
+    """Training beside a teacher whose hidden states teach, too."""
+
+    alpha_hidden: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's hidden states, where there is a teacher")
+
+    def loss_weights(self) -> LossWeights:
+        """With the hidden states."""
+        return replace(super().loss_weights(), hidden=self.alpha_hidden)
 
 
 class AugmentedSettings(TaughtSettings):

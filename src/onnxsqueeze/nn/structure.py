@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
-from onnxsqueeze.errors import ModelError
+from onnxsqueeze.errors import ModelError, StageError
 from onnxsqueeze.nn.family import Family, layers
 
 if TYPE_CHECKING:
@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     Matrix = nn.Linear | FactoredLinear
 
 CONFIG_FIELD = "onnxsqueeze"
+# What a model may have that not every stage can work on, and the stage that makes it.
+_BREAKS = {
+    "shared": ("has layers that stand in several places", "share-layers"),
+    "exits": ("has exits", "early-exit"),
+    "kept_tokens": ("drops tokens", "drop-tokens"),
+}
 
 
 @dataclass(frozen=True)
@@ -164,6 +170,16 @@ def build(model: PreTrainedModel, family: Family, structure: Structure) -> None:
     note(model, structure)
 
 
+def require_none(model: nn.Module, family: Family, name: str, *of_these: Literal["shared", "exits", "kept_tokens"]) -> None:
+    """Raise StageError, for the stage ``name``, where the model has what that stage would break."""
+    found = of(model, family)
+    there = {"shared": found.shares, "exits": bool(found.exits), "kept_tokens": bool(found.kept_tokens)}
+    for kind in of_these:
+        if there[kind]:
+            what, stage = _BREAKS[kind]
+            raise StageError(f"{name}: the parent {what}", remedy=f"put {stage} behind this stage")
+
+
 def share(model: PreTrainedModel, family: Family, shared: Sequence[int]) -> None:
     """Put the very same layer into several places: into place i the one that stands in place ``shared[i]``; note it in the configuration."""
     every = layers(model, family)
@@ -188,8 +204,6 @@ def shrink(model: PreTrainedModel, family: Family, heads: Sequence[Sequence[int]
     import torch
 
     had = of(model, family)
-    if had.shares:
-        raise ModelError("layers that stand in several places cannot be cut", remedy="put share-layers behind the stage that cuts")
     for layer, kept_heads, kept_neurons in zip(layers(model, family), heads, neurons, strict=True):
         units = torch.tensor([head * had.head_size + i for head in kept_heads for i in range(had.head_size)])
         for path in family.attention[:3]:
@@ -246,10 +260,6 @@ def narrow(model: PreTrainedModel, family: Family, kept: Sequence[int]) -> None:
 
 def keep_layers(model: PreTrainedModel, family: Family, kept: Sequence[int]) -> None:
     """Drop every encoder layer whose index is not in ``kept``, in the model and in its configuration."""
-    found = of(model, family)
-    if found.exits or found.kept_tokens:
-        what, stage = ("exits", "early-exit") if found.exits else ("dropped tokens", "drop-tokens")
-        raise ModelError(f"layers of a model with {what} cannot be dropped", remedy=f"put {stage} behind the stage that drops layers")
     every, unequal = layers(model, family), stated(model.config)
     parent, _, name = f"{family.encoder}.{family.layers}".rpartition(".")
     setattr(model.get_submodule(parent), name, type(every)([every[i] for i in kept]))

@@ -223,11 +223,6 @@ def train(
     return Outcome(tuple(state.history), state.best_epoch, format_, device().type, resumed_at, restarted, len(examples))
 
 
-def together(first: nn.Module, second: nn.Module | None) -> nn.Module:
-    """One companion of two, of which the second may be missing."""
-    return first if second is None else nn.ModuleList([first, second])
-
-
 def rate(step: int, total: int, warmup: float) -> float:
     """The learning rate's factor at ``step`` (from 0): rises linearly to 1 in the first ``warmup`` of ``total`` steps, then falls to 0."""
     rising = math.ceil(warmup * total)

@@ -48,14 +48,14 @@ class BranchExits(Stage):
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:  # noqa: ARG002, the contract's arguments
         """Write ``out/model.onnx``; counts the nodes that moved into branches.
 
-        Raises StageError where the parent has no exits, or no threshold below 1 keeps the score.
+        Raises StageError where the parent has no exits, or no threshold at which a row leaves keeps the score.
         """
         names = [name for name, (side, _) in graph.signature(parent.onnx).items() if side == "output"]
         if len(names) < 2:  # the logits and one exit
             raise StageError(f"{self.name}: the parent has no exits", remedy="put early-exit into the chain above the export")
         heads = self._heads(parent, names, context)
         threshold, proof = self._chosen(heads, context)
-        model = branches.branch(graph.load(parent.onnx), names[1:], threshold)
+        model = branches.branch(graph.load(parent.onnx), names[1:], threshold, self.name)
         written = graph.save(model, out)
         copy_side_files(parent.path, out)
         before, after = (sum(graph.operators(file).values()) for file in (parent.onnx, written))
@@ -82,17 +82,14 @@ class BranchExits(Stage):
 
         whole = context.select(heads[-1])
         sure = np.stack([_largest(head) for head in heads[:-1]])
-        candidates = [self.threshold] if self.threshold is not None else _candidates(sure)
-        trials = []
-        for threshold in candidates:
+        for threshold in [self.threshold] if self.threshold is not None else _candidates(sure):
             left = _leaves(sure, threshold)
             score = context.select(np.stack(heads)[left, np.arange(len(left))])
             share = [float((left == i).mean()) for i in range(len(heads))]
-            trials.append({"threshold": threshold, "score": score, "share_leaving": share})
             if self.threshold is not None or whole - score <= self.max_drop_pp / 100:
                 return threshold, {"selection_before": whole, "selection_after": score, "share_leaving": share}
         raise StageError(
-            f"{self.name}: no threshold keeps the selection score of {whole:.4f} within {self.max_drop_pp} points",
+            f"{self.name}: max_drop_pp: wherever a selection row leaves, the score falls by more than {self.max_drop_pp} points from {whole:.4f}",
             remedy="train the exits longer, put them behind later layers, or raise max_drop_pp",
         )
 
@@ -106,11 +103,12 @@ def _largest(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def _candidates(sure: NDArray[np.float64]) -> list[float]:
-    """Thresholds from the lowest on; the last lets nobody leave."""
+    """Thresholds from the lowest on, at each of which a row leaves; half way between two rows, so that float32 sees the same ones leave."""
     import numpy as np
 
-    points = np.unique(np.quantile(sure, np.linspace(0, 1, _CANDIDATES)).round(4))
-    return [*points.tolist(), 1.0]
+    points = np.unique(sure)
+    middles = (points[1:] + points[:-1]) / 2
+    return [0.0, *np.unique(np.quantile(middles, np.linspace(0, 1, _CANDIDATES), method="nearest")).tolist()] if len(middles) else [0.0]
 
 
 def _leaves(sure: NDArray[np.float64], threshold: float) -> NDArray[np.int64]:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxsqueeze import graph
-from onnxsqueeze.errors import StageError
 from onnxsqueeze.stage import Context
-from onnxsqueeze.tasks.rows import Row
+from onnxsqueeze.tasks.rows import Row, spread
 from onnxsqueeze.tokens import Encoded, Encoder, pad
 
 if TYPE_CHECKING:
@@ -61,14 +60,6 @@ def noise_tolerance(exact: Sequence[NDArray[Any]], usual: Sequence[NDArray[Any]]
 
     scale = max(float(np.abs(a).max()) for a in exact)
     return max(_NOISE_FACTOR * furthest(exact, usual), _NOISE_FLOOR * scale)
-
-
-def spread(rows: Sequence[Row], samples: int) -> list[Row]:
-    """``samples`` rows at even distances (all, where there are no more); raises StageError where there are none."""
-    if not rows:
-        raise StageError("there are no training rows to run the model on", remedy="give the task a training file with at least 50 rows")
-    count = min(samples, len(rows))
-    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def encode(encoder: Encoder, rows: Sequence[Row]) -> list[Encoded]:

@@ -12,11 +12,11 @@ from pydantic import Field, model_validator
 from onnxsqueeze.artifact import Artifact
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.nn.family import family_of
-from onnxsqueeze.nn.settings import AugmentedSettings, LossWeights
+from onnxsqueeze.nn.settings import AugmentedSettings, LossWeights, StatesTaughtSettings
 from onnxsqueeze.stage import Changed, Context
 
 
-class Distill(AugmentedSettings):
+class Distill(AugmentedSettings, StatesTaughtSettings):
     """Keeps some layers of the parent, with its embeddings and head, and trains them on a weighted sum of losses.
 
     Source: initialisation from the teacher's layers, Sanh et al. 2019, "DistilBERT", section 3; losses, `onnxsqueeze.nn.losses`.
@@ -56,9 +56,8 @@ class Distill(AugmentedSettings):
 
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:
         """Write the best epoch's student; counts the tensors that differ from the parent's or are gone."""
-        from onnxsqueeze.nn import augment, batches, checkpoint, distillation, importance, structure, training
+        from onnxsqueeze.nn import augment, checkpoint, distillation, importance, structure
         from onnxsqueeze.nn import family as families
-        from onnxsqueeze.stages import calibration
 
         if teacher is None:
             raise StageError(
@@ -68,27 +67,14 @@ class Distill(AugmentedSettings):
         model, family = checkpoint.load(parent.path, task, eager_attention=self.alpha_attention > 0)
         given = len(context.train.rows)
         context = augment.more_rows(self, parent, context)
-        examples = batches.encode(parent.path, context.train.rows, task.max_length)
+        structure.require_none(model, family, self.name, "exits", "kept_tokens")
         had = len(families.layers(model, family))
         kept = chosen_layers(self.layers, had, self.name)
         if self.choose == "useful" and isinstance(self.layers, int):
-            rows = calibration.spread(context.train.rows, self.asked_rows)
-            asked = importance.Asked(
-                model, family, batches.encode(parent.path, rows, task.max_length), regression=task.kind == "regression"
-            )
+            asked = importance.Asked(model, family, parent.path, context, self.asked_rows)
             kept = importance.layers_to_keep(model, family, asked, self.layers)
         structure.keep_layers(model, family, kept)
-        lessons = distillation.Distillation(self, model, family, context, parent, teacher, kept=kept, of=had)
-        outcome = training.train(
-            model,
-            family,
-            self,
-            context,
-            examples=examples,
-            selection=batches.encode(parent.path, context.selection.rows, task.max_length),
-            loss=lessons.loss,
-            companion=lessons.companion,
-        )
+        outcome = distillation.Distillation(self, model, family, context, parent, teacher, kept=kept, of=had).train()
         checkpoint.save(model, parent.path, out, task)
         details = {
             **outcome.details(),

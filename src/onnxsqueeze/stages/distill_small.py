@@ -37,7 +37,6 @@ class DistillSmall(AugmentedSettings):
     kernels: tuple[int, ...] = Field((2, 3, 4), min_length=1, description="Lengths of the filters in words; for the CNN")
     dropout: float = Field(0.3, ge=0, lt=1, description="Share of the features that is dropped while training")
     learning_rate: float = Field(1e-3, gt=0, le=0.1, description="The highest one, after warm-up")
-    alpha_hidden: float = Field(0.0, ge=0, le=0, description="Always 0: it has no layers like the teacher's")
     opset: int = Field(18, ge=14, le=20, description="ONNX operator set")
 
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:
@@ -48,7 +47,7 @@ class DistillSmall(AugmentedSettings):
         import numpy as np
         import torch
 
-        from onnxsqueeze.nn import augment, batches, checkpoint, distillation, small, training
+        from onnxsqueeze.nn import augment, checkpoint, distillation, small
         from onnxsqueeze.nn.family import family_of
 
         if teacher is None:
@@ -64,9 +63,7 @@ class DistillSmall(AugmentedSettings):
         with torch.random.fork_rng():
             torch.manual_seed(context.seed)
             model = small.SmallStudent(shape, small.narrowed(table, shape.rank), self.dropout)
-        examples, selection = (batches.encode(parent.path, rows.rows, task.max_length) for rows in (context.train, context.selection))
-        lessons = distillation.Distillation(self, model, family, context, parent, teacher, kept=())
-        outcome = training.train(model, family, self, context, examples=examples, selection=selection, loss=lessons.loss)
+        outcome = distillation.Distillation(self, model, family, context, parent, teacher, kept=()).train()
         model.to("cpu").eval()
         kept: dict[str, Any] = {key: config[key] for key in ("pad_token_id", "max_position_embeddings") if key in config}
         described: dict[str, Any] = {

@@ -14,7 +14,7 @@ from onnxsqueeze.stage import Changed, Context
 
 
 class DropTokens(TaughtSettings):
-    """Trains the model with fewer and fewer tokens, beside the teacher's logits; the export drops them by a TopK and a Gather.
+    """Trains the model with fewer and fewer tokens, beside the teacher's logits (its states have no counterpart where tokens are gone); the export drops them by a TopK and a Gather.
 
     How many stay is a share of the length, so short rows lose few. Nothing of the weights goes. Source: Goyal et al. 2020, "PoWER-BERT" (elimination by the
     attention that a token receives); here by that of the first token, which the head reads, as in Liang et al. 2022, "EViT", section 3.2.
@@ -26,20 +26,16 @@ class DropTokens(TaughtSettings):
         min_length=1,
         description="Layer, counted from 0, behind which tokens are dropped → percent of those that reach it which go on; never the last layer",
     )
-    alpha_hidden: float = Field(
-        0.0, ge=0, le=0, description="Always 0: behind a layer that drops tokens the teacher's hidden states have no counterpart"
-    )
 
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:
         """Write the best epoch; counts the percent of token-layers that are not computed any more.
 
         Raises StageError for layers that the model has not, or shares that are none.
         """
-        from onnxsqueeze.nn import batches, checkpoint, distillation, kept_tokens, structure, training
+        from onnxsqueeze.nn import checkpoint, distillation, kept_tokens, structure
         from onnxsqueeze.nn import family as families
 
-        task = context.task
-        model, family = checkpoint.load(parent.path, task)
+        model, family = checkpoint.load(parent.path, context.task)
         deep, kept = len(families.layers(model, family)), sorted(self.keep.items())
         wrong = [f"{layer}: {percent}" for layer, percent in kept if not (0 <= layer < deep - 1 and 1 <= percent < 100)]
         if wrong:
@@ -51,15 +47,11 @@ class DropTokens(TaughtSettings):
             raise StageError(f"{self.name}: the parent drops tokens already", remedy="name all layers in one stage")
         kept_tokens.attach(model, family, kept)
         structure.note(model, structure.of(model, family))
-        examples, selection = (batches.encode(parent.path, rows.rows, task.max_length) for rows in (context.train, context.selection))
         lessons = distillation.Distillation(self, model, family, context, parent, teacher)
-        training.place(model)
-        untrained = training.score(model, family, selection, context)
-        outcome = training.train(
-            model, family, self, context, examples=examples, selection=selection, loss=lessons.loss, companion=lessons.companion
-        )
-        checkpoint.save(model, parent.path, out, task)
-        again, _ = checkpoint.load(out, task)
+        untrained = lessons.score()
+        outcome = lessons.train()
+        checkpoint.save(model, parent.path, out, context.task)
+        again, _ = checkpoint.load(out, context.task)
         left, reaching = 1.0, 0.0
         shares = dict(kept_tokens.of(again))
         for layer in range(deep):

@@ -9,11 +9,11 @@ from pydantic import Field
 
 from onnxsqueeze.artifact import Artifact
 from onnxsqueeze.errors import StageError
-from onnxsqueeze.nn.settings import TaughtSettings
+from onnxsqueeze.nn.settings import StatesTaughtSettings
 from onnxsqueeze.stage import Changed, Context
 
 
-class EarlyExit(TaughtSettings):
+class EarlyExit(StatesTaughtSettings):
     """Adds exit heads and trains them on the labels and on what the last head says, with the whole model or alone.
 
     The export then has one output more per exit; `branch-exits` makes one .onnx of it that stops where it is sure. Source: Teerapittayanon et al. 2016,
@@ -33,7 +33,7 @@ class EarlyExit(TaughtSettings):
         import numpy as np
         import torch
 
-        from onnxsqueeze.nn import batches, checkpoint, distillation, exits, losses, structure, training
+        from onnxsqueeze.nn import checkpoint, distillation, exits, losses, structure, training
         from onnxsqueeze.nn import family as families
 
         task = context.task
@@ -50,7 +50,6 @@ class EarlyExit(TaughtSettings):
             )
         exits.attach(model, self.after, context.seed)
         structure.note(model, structure.of(model, family))
-        examples, selection = (batches.encode(parent.path, rows.rows, task.max_length) for rows in (context.train, context.selection))
         if self.train == "exits":
             for name, parameter in model.named_parameters():
                 parameter.requires_grad = name.startswith(f"{exits.ATTRIBUTE}.")
@@ -68,22 +67,12 @@ class EarlyExit(TaughtSettings):
 
         def scores() -> list[float]:
             training.place(model)
-            return [context.select(logits) for logits in exits.predict(model, family, selection)]
+            return [context.select(logits) for logits in exits.predict(model, family, lessons.selection)]
 
         def mean_score() -> float:
             return float(np.mean(scores()))
 
-        outcome = training.train(
-            model,
-            family,
-            self,
-            context,
-            examples=examples,
-            selection=selection,
-            loss=loss,
-            companion=lessons.companion,
-            scored=mean_score,
-        )
+        outcome = lessons.train(loss=loss, scored=mean_score)
         reached = scores()
         checkpoint.save(model, parent.path, out, task)
         again, _ = checkpoint.load(out, task)

@@ -9,20 +9,20 @@ from pydantic import Field, model_validator
 
 from onnxsqueeze.artifact import Artifact
 from onnxsqueeze.errors import StageError
-from onnxsqueeze.nn.settings import TaughtSettings
+from onnxsqueeze.nn.settings import StatesTaughtSettings
 from onnxsqueeze.stage import Changed, Context
+from onnxsqueeze.tasks.rows import spread
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from onnxsqueeze.nn.batches import Examples
     from onnxsqueeze.nn.family import Family
 
 _BATCH = 32
 
 
-class Factorize(TaughtSettings):
+class Factorize(StatesTaughtSettings):
     """Low-rank factors of the layers' matrices, each with a rank of its own, and of the table of words; then training beside the teacher.
 
     Source: the nearest matrix of a rank, Eckart and Young 1936; nearest on what flows through it, Wang et al. 2024, "SVD-LLM"; the table, Lan et al.
@@ -50,31 +50,26 @@ class Factorize(TaughtSettings):
 
         Raises StageError where the ranks asked for would save nothing, or something is in factors already.
         """
-        from onnxsqueeze.nn import batches, checkpoint, distillation, structure, training
+        from onnxsqueeze.nn import checkpoint, distillation, structure
 
-        task = context.task
-        model, family = checkpoint.load(parent.path, task)
-        examples, selection = (batches.encode(parent.path, rows.rows, task.max_length) for rows in (context.train, context.selection))
+        model, family = checkpoint.load(parent.path, context.task)
         had = _weights(model)
         before = structure.of(model, family)
         if any(before.ranks) or before.vocabulary_rank is not None:
             raise StageError(f"{self.name}: the parent has factors already", remedy="factorize once, with the shares wanted in the end")
         errors = self._factor_layers(model, family, parent, context) if self.share is not None else {}
         if self.vocabulary_rank is not None:
-            self._factor_words(model, family, examples, self.vocabulary_rank)
+            self._factor_words(model, family, parent, context, self.vocabulary_rank)
         structure.note(model, structure.of(model, family))
         if _weights(model) >= had:
             raise StageError(
                 f"{self.name}: factors of these ranks have no fewer weights", remedy="lower share, vocabulary_rank or multiple_of"
             )
         lessons = distillation.Distillation(self, model, family, context, parent, teacher)
-        training.place(model)
-        untrained = training.score(model, family, selection, context)
-        outcome = training.train(
-            model, family, self, context, examples=examples, selection=selection, loss=lessons.loss, companion=lessons.companion
-        )
-        checkpoint.save(model, parent.path, out, task)
-        again, _ = checkpoint.load(out, task)
+        untrained = lessons.score()
+        outcome = lessons.train()
+        checkpoint.save(model, parent.path, out, context.task)
+        again, _ = checkpoint.load(out, context.task)
         left = structure.of(again, family)
         details: dict[str, Any] = {
             **outcome.details(),
@@ -123,10 +118,8 @@ class Factorize(TaughtSettings):
         import torch
 
         from onnxsqueeze.nn import batches, factors, training
-        from onnxsqueeze.stages import calibration
 
-        rows = calibration.spread(context.train.rows, self.asked_rows)
-        examples = batches.encode(parent.path, rows, context.task.max_length)
+        examples = batches.encode(parent.path, spread(context.train.rows, self.asked_rows), context.task.max_length)
         moments = {path: torch.zeros(module.in_features, module.in_features, dtype=torch.float64) for path, module in matrices.items()}
         mask: list[Tensor] = []
 
@@ -150,16 +143,16 @@ class Factorize(TaughtSettings):
                 hook.remove()
         return {path: factors.root(moment) for path, moment in moments.items()}
 
-    def _factor_words(self, model: PreTrainedModel, family: Family, examples: Examples, rank: int) -> None:
+    def _factor_words(self, model: PreTrainedModel, family: Family, parent: Artifact, context: Context, rank: int) -> None:
         import torch
         from torch import nn
 
-        from onnxsqueeze.nn import factors, structure
+        from onnxsqueeze.nn import batches, factors, structure
 
         table = model.get_submodule(family.table_of_words)
         assert isinstance(table, nn.Embedding)  # noqa: S101  # nothing is in factors, as the caller has found
         frequency = torch.zeros(table.num_embeddings)
-        for row in examples.encoded:
+        for row in batches.encode(parent.path, context.train.rows, context.task.max_length).encoded:
             frequency += torch.bincount(torch.tensor(row.ids), minlength=table.num_embeddings)
         weighting = frequency if self.weighting == "activations" else None
         structure.replace_module(model, family.table_of_words, factors.factored_table(table, rank, weighting))

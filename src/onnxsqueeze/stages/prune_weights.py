@@ -44,7 +44,6 @@ class PruneWeights(TaughtSettings):
     )
     curve: Literal["cubic", "linear", "once"] = Field("cubic", description="How the sparsity rises between warm-up and recovery")
     embeddings: bool = Field(default=False, description="Prune the embeddings, too")
-    alpha_hidden: float = Field(0.0, ge=0, description="Weight of the loss against the teacher's hidden states, where there is a teacher")
     recovery: float = Field(0.34, ge=0, lt=1, description="Last fraction of all steps, trained at the final sparsity")
 
     @model_validator(mode="after")
@@ -71,7 +70,7 @@ class PruneWeights(TaughtSettings):
 
         Raises StageError where the parent is already sparser, or the written file misses the sparsity.
         """
-        from onnxsqueeze.nn import batches, checkpoint, distillation, masks, training
+        from onnxsqueeze.nn import checkpoint, distillation, masks
         from onnxsqueeze.nn import family as families
 
         task = context.task
@@ -87,9 +86,8 @@ class PruneWeights(TaughtSettings):
                 f"{self.name}: sparsity: {before:.1%} of the parent's weights are zero already", remedy=f"ask for more than {before:.3f}"
             )
 
-        examples = batches.encode(parent.path, context.train.rows, task.max_length)
         lessons = distillation.Distillation(self, model, family, context, parent, teacher)
-        total = math.ceil(len(examples) / self.batch_size) * self.epochs
+        total = lessons.steps * self.epochs
         last = max(1, math.floor(total * (1 - self.recovery)))
         first = min(math.ceil(total * self.warmup), last - 1)
         schedule = masks.schedule(self.curve, before, self._goal, first, last)
@@ -100,18 +98,7 @@ class PruneWeights(TaughtSettings):
                 pruned.update(schedule[done])
             pruned.apply_()
 
-        outcome = training.train(
-            model,
-            family,
-            self,
-            context,
-            examples=examples,
-            selection=batches.encode(parent.path, context.selection.rows, task.max_length),
-            loss=lessons.loss,
-            companion=pruned,
-            after_step=after_step,
-            first_epoch_to_keep=math.ceil(last * self.epochs / total),
-        )
+        outcome = lessons.train(companion=pruned, after_step=after_step, first_epoch_to_keep=math.ceil(last * self.epochs / total))
         checkpoint.save(model, parent.path, out, task)
         zeros = checkpoint.count_zeros(out, names)
         if abs(zeros / weights - self._goal) > _TOLERANCE:

@@ -9,11 +9,11 @@ from pydantic import Field
 
 from onnxsqueeze.artifact import Artifact
 from onnxsqueeze.errors import StageError
-from onnxsqueeze.nn.settings import TaughtSettings
+from onnxsqueeze.nn.settings import StatesTaughtSettings
 from onnxsqueeze.stage import Changed, Context
 
 
-class ShareLayers(TaughtSettings):
+class ShareLayers(StatesTaughtSettings):
     """The layers are as many as before, but only some are different; those are trained in all their places at once, beside the teacher.
 
     Smaller, not faster. Source: Lan et al. 2020, "ALBERT", section 3.1 (sharing); Takase and Kiyono 2023, "Lessons on Parameter Sharing across Layers
@@ -34,12 +34,10 @@ class ShareLayers(TaughtSettings):
 
         Raises StageError where the model has no more layers than ``distinct``, or layers of unequal shape.
         """
-        from onnxsqueeze.nn import batches, checkpoint, distillation, importance, structure, training
+        from onnxsqueeze.nn import checkpoint, distillation, importance, structure
         from onnxsqueeze.nn import family as families
-        from onnxsqueeze.stages import calibration
 
-        task = context.task
-        model, family = checkpoint.load(parent.path, task)
+        model, family = checkpoint.load(parent.path, context.task)
         deep, had = len(families.layers(model, family)), structure.of(model, family)
         if self.distinct >= deep:
             raise StageError(
@@ -48,10 +46,7 @@ class ShareLayers(TaughtSettings):
             )
         before = sum(tensor.numel() for tensor in structure.own_state(model).values())
         if self.start == "useful":
-            rows = calibration.spread(context.train.rows, self.asked_rows)
-            asked = importance.Asked(
-                model, family, batches.encode(parent.path, rows, task.max_length), regression=task.kind == "regression"
-            )
+            asked = importance.Asked(model, family, parent.path, context, self.asked_rows)
             kept = importance.layers_to_keep(model, family, asked, self.distinct)
         else:
             kept = structure.evenly(self.distinct, deep)
@@ -63,13 +58,10 @@ class ShareLayers(TaughtSettings):
             every[i] = chosen[place]
         structure.share(model, family, first)
 
-        examples, selection = (batches.encode(parent.path, rows.rows, task.max_length) for rows in (context.train, context.selection))
         lessons = distillation.Distillation(self, model, family, context, parent, teacher)
-        outcome = training.train(
-            model, family, self, context, examples=examples, selection=selection, loss=lessons.loss, companion=lessons.companion
-        )
-        checkpoint.save(model, parent.path, out, task)
-        again, _ = checkpoint.load(out, task)
+        outcome = lessons.train()
+        checkpoint.save(model, parent.path, out, context.task)
+        again, _ = checkpoint.load(out, context.task)
         weights = sum(tensor.numel() for tensor in structure.own_state(again).values())
         details = {
             **outcome.details(),

@@ -11,14 +11,14 @@ from pydantic import Field, model_validator
 
 from onnxsqueeze.artifact import Artifact
 from onnxsqueeze.errors import StageError
-from onnxsqueeze.nn.settings import TaughtSettings
+from onnxsqueeze.nn.settings import StatesTaughtSettings
 from onnxsqueeze.stage import Changed, Context
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class TrainLowBit(TaughtSettings):
+class TrainLowBit(StatesTaughtSettings):
     """Every weight of the layers ends on one of few values of its row (or matrix); training moves the weights behind them, beside the teacher.
 
     The file stays as large as it was until something packs it: what it holds is the entropy that the record states. Source: `onnxsqueeze.nn.levels`.
@@ -46,35 +46,23 @@ class TrainLowBit(TaughtSettings):
 
         Raises StageError where a row of the written file has more values than it may.
         """
-        from onnxsqueeze.nn import batches, checkpoint, distillation, levels, training
+        from onnxsqueeze.nn import checkpoint, distillation, levels, training
         from onnxsqueeze.nn import family as families
 
         task = context.task
         model, family = checkpoint.load(parent.path, task)
-        examples, selection = (batches.encode(parent.path, rows.rows, task.max_length) for rows in (context.train, context.selection))
         names = list(families.linear_weights(model, family)) + (list(families.embedding_weights(model, family)) if self.embeddings else [])
         training.place(model)
         moved = levels.OnLevels(model, names, self.method, self.bits, per_row=self.scope == "row")
         lessons = distillation.Distillation(self, model, family, context, parent, teacher)
-        per_epoch = math.ceil(len(examples) / self.batch_size)
 
         def after_step(done: int) -> None:
-            if done % self.renew == 0 or done % per_epoch == 0:  # at an epoch's end, so that its levels are those of its weights
+            if done % self.renew == 0 or done % lessons.steps == 0:  # at an epoch's end, so that its levels are those of its weights
                 moved.renew()
 
         with moved:
-            untrained = training.score(model, family, selection, context)
-            outcome = training.train(
-                model,
-                family,
-                self,
-                context,
-                examples=examples,
-                selection=selection,
-                loss=lessons.loss,
-                companion=training.together(moved, lessons.companion),
-                after_step=after_step,
-            )
+            untrained = lessons.score()
+            outcome = lessons.train(companion=moved, after_step=after_step)
         moved.cpu().settle()
         checkpoint.save(model, parent.path, out, task)
         again, _ = checkpoint.load(out, task)

@@ -8,12 +8,12 @@ from typing import Literal
 from pydantic import Field
 
 from onnxsqueeze.artifact import Artifact
-from onnxsqueeze.nn.settings import TaughtSettings
+from onnxsqueeze.nn.settings import StatesTaughtSettings
 from onnxsqueeze.stage import Changed, Context
 from onnxsqueeze.stages.int8 import ReduceRange, depends_on_machine, seven_bits
 
 
-class TrainQuantized(TaughtSettings):
+class TrainQuantized(StatesTaughtSettings):
     """Trains all weights under fake quantization for `quantize-dynamic`, beside the teacher; gives a checkpoint in float.
 
     The stages behind it must be export and quantize-dynamic with the same ``per_channel`` and ``reduce_range``, or training saw another grid.
@@ -32,21 +32,17 @@ class TrainQuantized(TaughtSettings):
 
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:
         """Write the epoch that scores best when it is rounded; counts the tensors that differ from the parent's."""
-        from onnxsqueeze.nn import batches, checkpoint, distillation, training
+        from onnxsqueeze.nn import checkpoint, distillation
         from onnxsqueeze.nn.fake import FakeQuantized
 
-        task = context.task
-        model, family = checkpoint.load(parent.path, task)
-        examples, selection = (batches.encode(parent.path, rows.rows, task.max_length) for rows in (context.train, context.selection))
+        model, family = checkpoint.load(parent.path, context.task)
         seven = seven_bits(self.reduce_range)
         lessons = distillation.Distillation(self, model, family, context, parent, teacher)
-        in_float = training.score(model, family, selection, context)
+        in_float = lessons.score()
         with FakeQuantized(model, per_channel=self.per_channel, bits=7 if seven else 8):
-            untrained = training.score(model, family, selection, context)
-            outcome = training.train(
-                model, family, self, context, examples=examples, selection=selection, loss=lessons.loss, companion=lessons.companion
-            )
-        checkpoint.save(model, parent.path, out, task)
+            untrained = lessons.score()
+            outcome = lessons.train()
+        checkpoint.save(model, parent.path, out, context.task)
         details = {
             **outcome.details(),
             "score_in_float_before": in_float,

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from onnxsqueeze.errors import StageError
+
 
 @dataclass(frozen=True)
 class Row:
@@ -69,3 +71,11 @@ def rows_sha256(rows: Sequence[Row]) -> str:
     for row in rows:
         total.update(repr((row.text, row.text_pair, row.label)).encode())
     return total.hexdigest()
+
+
+def spread(rows: Sequence[Row], samples: int) -> list[Row]:
+    """``samples`` rows at even distances (all, where there are no more); raises StageError where there are none."""
+    if not rows:
+        raise StageError("there are no training rows to run the model on", remedy="give the task a training file with at least 50 rows")
+    count = min(samples, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
