@@ -20,6 +20,7 @@ from onnxsqueeze.cli import app
 from onnxsqueeze.forms import FORMS
 from onnxsqueeze.measure.settings import MeasureSettings
 from onnxsqueeze.recipe import Gates, Recipe, Target, json_schema
+from onnxsqueeze.report.details import ONE_PROCESS
 from onnxsqueeze.report.terminal import print_summary
 from onnxsqueeze.results import Results, read_results
 from onnxsqueeze.stage import Stage
@@ -77,7 +78,8 @@ def _measured() -> str:
         else:
             cells += ["–", f"{target.latency.p50_ms:.1f} ms", "–", f"{100 * value:.1f}", "–"]
         lines.append("| " + " | ".join(cells) + " |")
-    return head + "\n".join(lines) + "\n\n"
+    notes = [f"\n{ONE_PROCESS}\n"] if any(t.latency and t.latency.processes == 1 for t in results.targets) else []
+    return head + "\n".join([*lines, *notes]) + "\n\n"
 
 
 def _peers() -> str:
@@ -90,7 +92,8 @@ def _peers() -> str:
     lines = [f"| its time ÷ ours (95 %) | {' | '.join(heads)} |", f"| --- |{' --- |' * len(heads)}"]
     for what, engine in dict.fromkeys((row["what"], row["engine"]) for row in rows):
         lines.append(f"| {what} | {' | '.join(cells.get((engine, *shape), '–') for shape in shapes)} |")
-    return f"{record['cpu']} ({record['instruction_set']}), batch × tokens:\n\n" + "\n".join(lines) + "\n\n"
+    notes = [] if record.get("processes", 1) > 1 else [f"\n{ONE_PROCESS}\n"]
+    return f"{record['cpu']} ({record['instruction_set']}), batch × tokens:\n\n" + "\n".join([*lines, *notes]) + "\n\n"
 
 
 def _times(row: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from onnxsqueeze.errors import StoreError
-from onnxsqueeze.report.details import run_grids
+from onnxsqueeze.report.details import ONE_PROCESS, run_grids
 from onnxsqueeze.report.markdown import markdown
 from onnxsqueeze.report.summary import Row, tables, useless_zeros
 from onnxsqueeze.report.terminal import print_summary
@@ -298,3 +298,11 @@ def test_every_trial_of_a_tuning_is_drawn_with_what_its_graph_lacked() -> None:
     ]
     assert "Tuning" in markdown([results])
     assert "Tuning" not in markdown([qdp_results()])
+
+
+def test_a_record_of_one_process_says_what_its_intervals_lack() -> None:
+    target = next(t for t in qdp_results().targets if t.latency)
+    assert target.latency is not None
+    old = only(target, latency=target.latency.model_copy(update={"processes": 1}))
+    assert ONE_PROCESS in markdown([old])
+    assert ONE_PROCESS not in markdown([qdp_results()])

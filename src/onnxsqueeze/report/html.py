@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onnxsqueeze.report import chart
-from onnxsqueeze.report.details import data_sentences, overview, run_grids
+from onnxsqueeze.report.details import caveats, overview, run_grids
 from onnxsqueeze.report.markdown import LEGEND
 from onnxsqueeze.report.summary import run_title, tables
 from onnxsqueeze.results import Results
@@ -25,7 +25,7 @@ def html(results: Sequence[Results]) -> str:
         {
             "results": run,
             "title": run_title(run),
-            "sentences": data_sentences(run),
+            "sentences": caveats(run),
             "backends": [{"table": table, "charts": chart.charts(run, table)} for table in tables(run)],
             "grids": run_grids(run),
         }

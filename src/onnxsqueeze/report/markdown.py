@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from onnxsqueeze.report.details import data_sentences, overview, run_grids
+from onnxsqueeze.report.details import caveats, overview, run_grids
 from onnxsqueeze.report.grid import Column, Grid
 from onnxsqueeze.report.summary import Row, Table, run_title, tables
 from onnxsqueeze.results import Results
@@ -34,7 +34,7 @@ def _run(results: Results, level: int) -> list[str]:
     lines = [f"{hashes} {_text(run_title(results))}", ""]
     lines += [f"{_text(results.model)} squeezed by recipe {_text(results.recipe)} on {_text(results.environment.cpu)}, {results.date}.", ""]
     lines += _code(results.command)
-    lines += [*"\n>\n".join(f"> {_text(sentence)}" for sentence in data_sentences(results)).split("\n"), ""]
+    lines += [*"\n>\n".join(f"> {_text(sentence)}" for sentence in caveats(results)).split("\n"), ""]
     for table in tables(results):
         lines += _backend(table, level + 1)
     lines += [f"{hashes}# How to read it", "", *(f"- {sentence}" for sentence in LEGEND), ""]
