@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from onnxsqueeze.artifact import Artifact, folder_digest
 from onnxsqueeze.stage import Call, Changed, Context, Progress, Stage
+from onnxsqueeze.store import Store
 from onnxsqueeze.tasks.rows import Row, SplitRows, TaskInfo
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def toy_context(
     threads: int = 1,
     progress: Progress = silent,
 ) -> Context:
-    """A stage's context over toy rows: ``rows`` to train on and ``rows`` to select on; its checkpoint folder is ``folder/checkpoint``."""
+    """A stage's context over toy rows: ``rows`` to train on and ``rows`` to select on; its folders are ``folder/checkpoint`` and ``folder/kept``."""
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir(parents=True, exist_ok=True)
     selection = toy_rows(rows, seed=1001, outputs=outputs, pairs=pairs)
@@ -192,6 +193,7 @@ def toy_context(
         threads=threads,
         call=Call(batch=1, tokens=16, threads=1),
         checkpoint=checkpoint,
+        kept=Store(folder / "kept"),
         progress=progress,
     )
 

@@ -21,6 +21,7 @@ from models import random_checkpoint
 from onnxsqueeze import pipeline, prepare
 from onnxsqueeze.artifact import Artifact, folder_digest
 from onnxsqueeze.backends import Backends
+from onnxsqueeze.errors import RecipeError
 from onnxsqueeze.measurements import Measurements
 from onnxsqueeze.pipeline import Outcome
 from onnxsqueeze.record import Measurer
@@ -267,6 +268,24 @@ def test_a_student_with_a_pruned_vocabulary_is_recorded_and_its_corpus_counts_by
     (tmp_path / "other.txt").write_text("the city never made a plot\n", encoding="utf-8")
     _, lines = run(file, tmp_path / "out", **again)  # type: ignore[arg-type]
     assert "prune-vocabulary …" in lines
+
+
+def test_a_student_of_its_own_counts_by_content_and_learns_from_the_rows_that_its_stage_asks_for(place: Path, tmp_path: Path) -> None:
+    student = random_checkpoint(tmp_path / "student", "distilbert", layers=1, head=False)
+    stages = f"  - {{kind: distill, student: {student}, alpha_hidden: 0, epochs: 1, batch_size: 8, train_rows: 40}}\n"
+    rows = "  - {name: fp32, after: finetune, baseline: true, stages: [{kind: export}]}\n  - {name: other, stages: [{kind: export}]}\n"
+    again = {"model": place / "model", "store": place / "store", "overrides": small("")}
+    outcome, _ = run(recipe(tmp_path, stages, rows), tmp_path / "out", **again)  # type: ignore[arg-type]  # keywords as a mapping
+    assert outcome.exit_code == 0, outcome.problems
+    distilled = outcome.results.stages[1]
+    assert (distilled.changed["details"]["rows"], distilled.changed["details"]["student"]) == (40, "student")
+    assert json.loads((tmp_path / "out" / "other" / "config.json").read_text())["model_type"] == "distilbert"
+
+    random_checkpoint(tmp_path / "student", "distilbert", layers=1, head=False, seed=1)
+    _, lines = run(recipe(tmp_path, stages, rows), tmp_path / "out", **again)  # type: ignore[arg-type]
+    assert "distill …" in lines, "other weights under the same name are another student"
+    with pytest.raises(RecipeError, match=r"distill: model .*nowhere: there is no such folder"):
+        run(recipe(tmp_path, stages.replace(str(student), str(tmp_path / "nowhere")), rows), tmp_path / "out", **again)  # type: ignore[arg-type]
 
 
 def test_a_missed_gate_ends_with_3_and_says_which_target_missed_what_by_how_much(place: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from models import FAMILIES, FamilyName, random_checkpoint, run_stage, silent, toy_context, toy_rows, toy_task
+from models import FAMILIES, FamilyName, artifact, random_checkpoint, run_stage, silent, toy_context, toy_rows, toy_task
 from onnxsqueeze.errors import MeasureError, StageError
 from onnxsqueeze.nn import checkpoint, teacher, training
 from onnxsqueeze.nn.batches import encode
@@ -169,13 +169,13 @@ def test_damaged_logits_of_a_teacher_are_made_again_and_the_progress_says_so(tmp
     folder = random_checkpoint(tmp_path / "teacher", "bert", hidden=16)
     notes: list[str] = []
     context = toy_context(tmp_path, progress=lambda _done, _total, note="": notes.append(note))
-    master = teacher.load(folder, context)
+    master = teacher.load(artifact(folder), context)
     first = teacher.logits(master, "fp32", context)
     assert set(notes) == {"the teacher's logits"}
     notes.clear()
     assert torch.equal(teacher.logits(master, "fp32", context), first)
     assert not notes, "kept logits are read"
-    file = context.checkpoint / "teacher_logits.npy"
+    file = next((tmp_path / "kept" / "measurements" / "teacher-logits").iterdir())
     whole = file.read_bytes()
     file.write_bytes(DAMAGES[damage](whole))
     assert torch.equal(teacher.logits(master, "fp32", context), first)

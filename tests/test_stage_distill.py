@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from onnxsqueeze.nn.distillation import teaching_layers
 from onnxsqueeze.nn.training import predict
 from onnxsqueeze.stages.distill import Distill, chosen_layers
 from onnxsqueeze.stages.prune_vocabulary import PruneVocabulary
+from onnxsqueeze.stages.prune_weights import PruneWeights
 
 QUICK = Distill(layers=1, epochs=1, batch_size=16, alpha_attention=0.5)
 BARELY = {"epochs": 1, "batch_size": 64, "learning_rate": 1e-7, "precision": "fp32"}
@@ -124,6 +126,18 @@ def test_the_teachers_logits_are_computed_once_and_kept(tmp_path: Path) -> None:
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
+def test_stages_with_the_same_teacher_on_the_same_rows_share_its_logits(tmp_path: Path) -> None:
+    teacher = random_checkpoint(tmp_path / "teacher", "bert")
+    notes: list[str] = []
+    first = toy_context(tmp_path, progress=lambda _done, _total, note="": notes.append(note.split(",")[0]))
+    student, _ = run_stage(Distill(layers=1, epochs=1), teacher, tmp_path / "first", teacher=teacher, context=first)
+    assert "the teacher's logits" in notes
+    notes.clear()
+    (tmp_path / "next").mkdir()
+    run_stage(PruneWeights(epochs=1), student, tmp_path / "second", teacher=teacher, context=replace(first, checkpoint=tmp_path / "next"))
+    assert set(notes) == {"epoch 1/1"}
+
+
 @pytest.mark.parametrize("weight", ["alpha_task", "alpha_logits", "alpha_hidden", "alpha_attention", "alpha_relations"])
 def test_each_loss_moves_the_student(tmp_path: Path, weight: str) -> None:
     teacher = random_checkpoint(tmp_path / "teacher", "roberta")
@@ -170,7 +184,8 @@ def test_a_teacher_reads_the_rows_with_its_own_tokenizer(tmp_path: Path) -> None
     run_stage(LOGITS_ALONE, parent, tmp_path, teacher=teacher, context=context)
     model, family = checkpoint.load(teacher, context.task)
     own = training.predict(model, family, batches.encode(teacher, context.train.rows, context.task.max_length))
-    np.testing.assert_allclose(np.load(context.checkpoint / "teacher_logits.npy"), own, atol=1e-6)
+    kept = next((tmp_path / "kept" / "measurements" / "teacher-logits").iterdir())
+    np.testing.assert_allclose(np.load(kept), own, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -228,3 +243,25 @@ def test_a_regression_student_learns_the_teachers_scores(tmp_path: Path) -> None
     stage = Distill(layers=1, epochs=3, batch_size=8, learning_rate=2e-3, alpha_task=0, alpha_hidden=0)
     _, changed = run_stage(stage, teacher, tmp_path, teacher=teacher, context=toy_context(tmp_path, outputs=1))
     assert changed.details["history"][-1]["loss"] < changed.details["history"][0]["loss"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_of_another_kind_is_taught_in_place_of_the_parents_layers_and_brings_its_tokenizer(
+    tmp_path: Path, name: FamilyName
+) -> None:
+    teacher = random_checkpoint(tmp_path / "teacher", "bert", layers=3)
+    student = random_checkpoint(tmp_path / "student", name, layers=2, hidden=16, head=False, seed=1)
+    stage = Distill(student=str(student), epochs=1, batch_size=8, learning_rate=2e-3, alpha_hidden=0)
+    out, changed = run_stage(stage, teacher, tmp_path, teacher=teacher)
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == name
+    assert (out / "tokenizer.json").read_bytes() == (student / "tokenizer.json").read_bytes()
+    assert (changed.details["student"], changed.details["kept"]) == ("student", [0, 1])
+    model, family = checkpoint.load(out, toy_task())
+    assert np.isfinite(training.predict(model, family, batches.encode(out, toy_context(tmp_path).selection.rows, 32))).all()
+
+
+@pytest.mark.parametrize("also", [{"layers": 2}, {"choose": "useful"}])
+def test_a_student_of_its_own_keeps_its_layers(also: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=f"`student` and `{next(iter(also))}` exclude each other"):
+        Distill(student="minilm", **also)

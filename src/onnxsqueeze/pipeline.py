@@ -122,13 +122,14 @@ class _Maker:
         labels = [row.label for row in task.selection.rows]
         context = Context(
             task=task.info,
-            train=task.train,
+            train=step.stage.reads(task.train, self.prepared.seed),
             selection=task.selection,
             select=lambda logits: primary(task.info, logits, labels),
             seed=self.prepared.seed,
             threads=self.prepared.threads,
             call=self.prepared.loaded.recipe.measure.call,
             checkpoint=checkpoint,
+            kept=self.store,
             progress=progress,
         )
         parent = self.artifact(step.parent)

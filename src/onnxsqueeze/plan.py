@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from onnxsqueeze import backends, environment
+from onnxsqueeze import backends, environment, models
 from onnxsqueeze.artifact import Format, file_sha256
 from onnxsqueeze.document import Place
-from onnxsqueeze.errors import Fault, RecipeError
+from onnxsqueeze.errors import Fault, ModelError, RecipeError
 from onnxsqueeze.models import Start
 from onnxsqueeze.nn.checkpoint import has_trained_head, read_config
 from onnxsqueeze.recipe import MODEL, LoadedRecipe, Target, chain, teacher_of
@@ -124,7 +124,7 @@ class _Planner:
         return tuple(steps[len(above) :])
 
     def _step(self, above: Sequence[Step], stage: Stage, place: Place) -> Step:
-        files = self._digests(stage, place)
+        files, others = self._digests(stage, place), self._models(stage, place)
         stage = stage.beside(self.loaded.folder)
         parent = above[-1] if above else None
         parent_key = parent.key if parent else self.start.artifact.key
@@ -151,7 +151,8 @@ class _Planner:
         causes: dict[str, Any] = {
             "kind": stage.kind,
             "version": stage.version,
-            "settings": stage.model_dump(mode="json", exclude={"id", "teacher", *stage.text_files}),
+            # a setting that says nothing is no cause: a new one, None by default, leaves older results valid
+            "settings": stage.model_dump(mode="json", exclude={"id", "teacher", *stage.text_files, *stage.models}, exclude_none=True),
             "parent": parent_key,
             "tools": {name: _version(name) for name in stage.tools},
         }
@@ -163,6 +164,8 @@ class _Planner:
             causes["seed"] = self.seed
         if files:
             causes["files"] = files
+        if others:
+            causes["models"] = others
         if stage.machine_bound():
             causes["machine"] = self._machine
         if stage.timed():
@@ -180,6 +183,16 @@ class _Planner:
             else:
                 message = f"{stage.kind}: there is no file {path}; a path in a recipe is relative to the recipe"
                 self.faults.append(self.loaded.fault((*place, field), message))
+        return found
+
+    def _models(self, stage: Stage, place: Place) -> dict[str, str]:
+        """Field → key of the model that it names; one that cannot be had is a fault."""
+        found = {}
+        for field, name in stage.named_models().items():
+            try:
+                found[field] = models.resolve(name).artifact.key
+            except ModelError as error:
+                self.faults.append(self.loaded.fault((*place, field), f"{stage.kind}: {error.message}; {error.remedy}"))
         return found
 
     def _headless(self, stage: Stage, place: Place) -> Fault:

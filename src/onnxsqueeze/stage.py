@@ -33,6 +33,16 @@ class Progress(Protocol):
         """``done`` of ``total`` units; ``note`` is shown beside the bar ("epoch 2/3, loss 0.31")."""
 
 
+class Kept(Protocol):
+    """What outlives a stage and is found again by what made it: `onnxsqueeze.store.Store`."""
+
+    def measurement(self, kind: str, causes: Mapping[str, Any]) -> bytes | None:
+        """The bytes that were kept for these causes, or None."""
+
+    def keep_measurement(self, kind: str, causes: Mapping[str, Any], value: bytes) -> None:
+        """Keep them; later ones of the same causes take their place."""
+
+
 @dataclass(frozen=True)
 class Changed:
     """What a stage changed, counted in the files it wrote. A count of 0 is an error: quantizers fail by silence."""
@@ -57,7 +67,7 @@ class Context:
 
     ``select(logits[n, outputs])`` gives the task's primary metric on the selection rows, in their order: higher is better.
     ``checkpoint`` is a folder that survives a killed process and is the same when the same stage is started again.
-    ``threads`` is what PyTorch and ONNX Runtime may use.
+    ``kept`` is what several stages share. ``threads`` is what PyTorch and ONNX Runtime may use.
     """
 
     task: TaskInfo
@@ -68,6 +78,7 @@ class Context:
     threads: int
     call: Call
     checkpoint: Path
+    kept: Kept
     progress: Progress
 
 
@@ -87,6 +98,7 @@ class Stage(BaseModel):
     text_files: ClassVar[
         tuple[str, ...]
     ] = ()  # fields that name files, one text a line, relative to the recipe: their content joins the key
+    models: ClassVar[tuple[str, ...]] = ()  # fields that name models, as a recipe's `model` does: their content joins the key
 
     kind: str
     id: str | None = Field(None, description="Name of this stage in the recipe; default: its kind", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -103,6 +115,14 @@ class Stage(BaseModel):
     def files(self) -> dict[str, Path]:
         """Field → path of those ``text_files`` that are given."""
         return {field: path for field in self.text_files if (path := getattr(self, field)) is not None}
+
+    def named_models(self) -> dict[str, str]:
+        """Field → name of those ``models`` that are given."""
+        return {field: name for field in self.models if (name := getattr(self, field)) is not None}
+
+    def reads(self, train: SplitRows, seed: int) -> SplitRows:  # noqa: ARG002  # for those who override it
+        """Those of the task's training rows that this stage gets."""
+        return train
 
     def machine_bound(self) -> bool:
         """True where the bytes depend on the CPU (bf16 training, tuned graphs): CPU model, instruction set and threads join the key."""

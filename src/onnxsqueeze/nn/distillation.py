@@ -57,7 +57,7 @@ class Distillation:
             return
         if weights.token_by_token:
             teachers.require_same_tokens(settings.name, weights.token_by_token, teacher.path, parent.path, context)
-        master = teachers.load(teacher.path, context, eager_attention=weights.attention > 0)
+        master = teachers.load(teacher, context, eager_attention=weights.attention > 0)
         if kept is None:
             of = len(families.layers(model, family))
             kept = range(of)

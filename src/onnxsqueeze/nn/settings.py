@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 
 from onnxsqueeze.nn.precision import Precision, machine_bound
 from onnxsqueeze.stage import Stage, State
+from onnxsqueeze.tasks.rows import SplitRows
+from onnxsqueeze.tasks.selection import draw
 
 
 class TrainingSettings(Stage):
@@ -27,6 +29,7 @@ class TrainingSettings(Stage):
     epochs: int = Field(3, ge=1, le=100, description="Passes over the training rows; the best one by the selection split is kept")
     learning_rate: float = Field(5e-5, gt=0, le=0.1, description="The highest one, after warm-up")
     batch_size: int = Field(32, ge=1, description="Rows a step")
+    train_rows: int | None = Field(None, ge=1, description="Train on this many of the task's training rows at most, drawn by the seed")
     warmup: float = Field(0.1, ge=0, lt=1, description="Fraction of all steps in which the learning rate rises")
     weight_decay: float = Field(0.01, ge=0, description="On matrices; never on biases and norms")
     freeze_embeddings: bool = Field(
@@ -38,6 +41,12 @@ class TrainingSettings(Stage):
     def machine_bound(self) -> bool:
         """True where the trained bytes depend on the CPU or GPU model."""
         return machine_bound(self.precision)
+
+    def reads(self, train: SplitRows, seed: int) -> SplitRows:
+        """At most ``train_rows`` of them, in their order."""
+        if self.train_rows is None or len(train.rows) <= self.train_rows:
+            return train
+        return replace(train, rows=tuple(train.rows[i] for i in draw(range(len(train.rows)), self.train_rows, f"train {seed}")))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import tokenize
 import zipfile
 from collections.abc import Sequence
@@ -13,26 +13,30 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from onnxsqueeze import environment
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.nn import batches, checkpoint, training
+from onnxsqueeze.tasks.rows import rows_sha256
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
+    from onnxsqueeze.artifact import Artifact
     from onnxsqueeze.nn.family import Family
     from onnxsqueeze.nn.precision import Precision
     from onnxsqueeze.stage import Context
 
-_LOGITS_FILE = "teacher_logits.npy"
+_LOGITS = "teacher-logits"
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model that teaches, and the training rows as its own tokenizer reads them."""
+    """A model that teaches, the digest of its files, and the training rows as its own tokenizer reads them."""
 
     model: PreTrainedModel
     family: Family
+    digest: str
     examples: batches.Examples
 
     def inputs(self, batch: training.Batch) -> dict[str, torch.Tensor]:
@@ -40,11 +44,11 @@ class Teacher:
         return training.inputs(self.family, self.examples, batch.index.tolist())
 
 
-def load(folder: Path, context: Context, *, eager_attention: bool = False) -> Teacher:
+def load(artifact: Artifact, context: Context, *, eager_attention: bool = False) -> Teacher:
     """The teacher on the training device, in evaluation mode, without gradients."""
-    model, family = checkpoint.load(folder, context.task, eager_attention=eager_attention)
+    model, family = checkpoint.load(artifact.path, context.task, eager_attention=eager_attention)
     training.place(model.requires_grad_(requires_grad=False))
-    return Teacher(model, family, batches.encode(folder, context.train.rows, context.task.max_length))
+    return Teacher(model, family, artifact.digest, batches.encode(artifact.path, context.train.rows, context.task.max_length))
 
 
 def require_same_tokens(name: str, settings: Sequence[str], folder: Path, parent: Path, context: Context) -> None:
@@ -60,37 +64,42 @@ def require_same_tokens(name: str, settings: Sequence[str], folder: Path, parent
 
 
 def logits(teacher: Teacher, precision: Precision, context: Context) -> torch.Tensor:
-    """The teacher's logits ``[rows, outputs]`` on all training rows, computed once and kept in ``context.checkpoint``.
+    """The teacher's logits ``[rows, outputs]`` on all training rows, computed once for all stages that it teaches on the same rows.
 
-    A kept file that cannot be read is made again, and the progress says so.
+    Kept ones that cannot be read are made again, and the progress says so.
     """
-    file = context.checkpoint / _LOGITS_FILE
-    known = file.is_file()
-    kept = _read(file) if known else None
-    if kept is None:
-        note = "the teacher's logits, anew: the saved ones could not be read" if known else "the teacher's logits"
+    format_ = training.effective_precision(precision)
+    causes = {
+        "teacher": teacher.digest,
+        "rows": rows_sha256(context.train.rows),
+        "max_length": context.task.max_length,
+        "precision": format_,
+        "attention": teacher.model.config._attn_implementation,  # its kernels round otherwise, too
+        "machine": {**environment.processors(), "threads": context.threads},  # another one rounds otherwise
+        "torch": torch.__version__,
+    }
+    kept = context.kept.measurement(_LOGITS, causes)
+    found = None if kept is None else _read(kept)
+    if found is None:
+        note = "the teacher's logits" if kept is None else "the teacher's logits, anew: the saved ones could not be read"
         torch.set_num_threads(context.threads)
         found = training.predict(
             teacher.model,
             teacher.family,
             teacher.examples,
-            precision=training.effective_precision(precision),
+            precision=format_,
             progress=lambda done, total: context.progress(done, total, note),
         )
-        draft = file.with_suffix(".draft")
-        with draft.open("wb") as handle:
-            np.save(handle, found, allow_pickle=False)
-            handle.flush()
-            os.fsync(handle.fileno())
-        draft.replace(file)
-        kept = found
-    return torch.from_numpy(kept).to(training.device())
+        written = io.BytesIO()
+        np.save(written, found, allow_pickle=False)
+        context.kept.keep_measurement(_LOGITS, causes, written.getvalue())
+    return torch.from_numpy(found).to(training.device())
 
 
-def _read(file: Path) -> NDArray[np.float32] | None:
-    """The kept logits; None where the file is cut short or is something else."""
+def _read(kept: bytes) -> NDArray[np.float32] | None:
+    """The kept logits; None where they are cut short or are something else."""
     try:
-        found: NDArray[np.float32] = np.load(file, allow_pickle=False)
+        found: NDArray[np.float32] = np.load(io.BytesIO(kept), allow_pickle=False)
     except (EOFError, ValueError, tokenize.TokenError, zipfile.BadZipFile):  # what np.load raises for these
         return None
     return found

@@ -17,14 +17,20 @@ from onnxsqueeze.stage import Changed, Context
 
 
 class Distill(AugmentedSettings, StatesTaughtSettings):
-    """Keeps some layers of the parent, with its embeddings and head, and trains them on a weighted sum of losses.
+    """Keeps some layers of the parent, with its embeddings and head, and trains them on a weighted sum of losses; or trains another model so.
 
     Source: initialisation from the teacher's layers, Sanh et al. 2019, "DistilBERT", section 3; losses, `onnxsqueeze.nn.losses`.
     """
 
     needs_teacher: ClassVar[bool] = True
+    models: ClassVar[tuple[str, ...]] = ("student",)
 
     kind: Literal["distill"] = "distill"
+    student: str | None = Field(
+        None,
+        description="A model to teach in place of the parent's layers, with all of its own: a folder or a name on the Hub, as `model` names one; "
+        "where its tokens are not the teacher's, logits alone can teach (`alpha_hidden: 0`)",
+    )
     layers: Annotated[int, Field(ge=1)] | tuple[int, ...] = Field(3, description="How many layers to keep, or which, counted from 0")
     choose: Literal["even", "useful"] = Field(
         "even", description="Of a number: evenly up to the last, or those without which the loss on some training rows is highest"
@@ -47,15 +53,21 @@ class Distill(AugmentedSettings, StatesTaughtSettings):
     def _has_a_loss(self) -> Self:
         if self.alpha_task == self.alpha_logits == self.alpha_hidden == self.alpha_attention == self.alpha_relations == 0:
             raise ValueError("one of alpha_task, alpha_logits, alpha_hidden, alpha_attention and alpha_relations must be above 0")
+        chosen = sorted({"layers", "choose"} & self.model_fields_set)
+        if self.student is not None and chosen:
+            raise ValueError(f"`student` and `{chosen[0]}` exclude each other: a student of its own keeps all of its layers")
         return self
 
     def misfit(self, config: Mapping[str, Any]) -> str | None:
         """``layers``, where the model has not that many; None too where config.json leaves their number to transformers' defaults."""
+        if self.student is not None:
+            return None
         available = config.get(family_of(config["model_type"]).layers_field)
         return _unfit_layers(self.layers, available) if isinstance(available, int) else None
 
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:
         """Write the best epoch's student; counts the tensors that differ from the parent's or are gone."""
+        from onnxsqueeze import models
         from onnxsqueeze.nn import augment, checkpoint, distillation, importance, structure
         from onnxsqueeze.nn import family as families
 
@@ -64,27 +76,31 @@ class Distill(AugmentedSettings, StatesTaughtSettings):
                 f"{self.name}: has no teacher", remedy="put a finetune stage before it, or start from a model with a trained head"
             )
         task = context.task
-        model, family = checkpoint.load(parent.path, task, eager_attention=self.alpha_attention > 0)
+        other = models.resolve(self.student) if self.student is not None else None
+        source = other.artifact if other else parent
+        new_head = context.seed if other else None
+        model, family = checkpoint.load(source.path, task, new_head_seed=new_head, eager_attention=self.alpha_attention > 0)
         given = len(context.train.rows)
-        context = augment.more_rows(self, parent, context)
+        context = augment.more_rows(self, source, context)
         structure.require_none(model, family, self.name, "exits", "kept_tokens")
         had = len(families.layers(model, family))
-        kept = chosen_layers(self.layers, had, self.name)
-        if self.choose == "useful" and isinstance(self.layers, int):
+        kept = tuple(range(had)) if other else chosen_layers(self.layers, had, self.name)
+        if not other and self.choose == "useful" and isinstance(self.layers, int):
             asked = importance.Asked(model, family, parent.path, context, self.asked_rows)
             kept = importance.layers_to_keep(model, family, asked, self.layers)
         structure.keep_layers(model, family, kept)
-        outcome = distillation.Distillation(self, model, family, context, parent, teacher, kept=kept, of=had).train()
-        checkpoint.save(model, parent.path, out, task)
+        outcome = distillation.Distillation(self, model, family, context, source, teacher, kept=kept, of=had).train()
+        checkpoint.save(model, source.path, out, task)
         details = {
             **outcome.details(),
             "layers": len(kept),
             "layers_before": had,
             "kept": list(kept),
+            **({"student": other.name} if other else {}),
             "rows": given,
             "rows_without_labels": len(context.train.rows) - given,
         }
-        return Changed(checkpoint.changed_tensors(parent.path, out), "tensors", details)
+        return Changed(checkpoint.changed_tensors(source.path, out), "tensors", details)
 
 
 def chosen_layers(wanted: int | tuple[int, ...], available: int, name: str) -> tuple[int, ...]:

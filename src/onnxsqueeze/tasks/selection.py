@@ -40,7 +40,7 @@ def split_training(file: SplitRows, seed: int, train_rows: int | None = None) ->
     held = inside(texts, texts)
     candidates = [i for i, text in enumerate(texts) if text not in held]
     size = _size(file, len(candidates))
-    chosen = set(_draw(candidates, size, f"selection {seed}"))
+    chosen = set(draw(candidates, size, f"selection {seed}"))
     kept_out = {texts[i] for i in chosen}
     rest = [i for i in range(len(texts)) if i not in chosen]
     leaked = kept_out | {text for text in inside([texts[i] for i in rest], kept_out) if _words(text) >= _SHORT}
@@ -50,7 +50,7 @@ def split_training(file: SplitRows, seed: int, train_rows: int | None = None) ->
             f"{file.source}: no row is left to train on: the text of every other row is, or lies inside, one of the selection split",
             remedy="give more training rows",
         )
-    trained = kept if train_rows is None else _draw(kept, train_rows, f"train {seed}")
+    trained = kept if train_rows is None else draw(kept, train_rows, f"train {seed}")
     train = replace(file, rows=tuple(file.rows[i] for i in trained), dropped=len(rest) - len(kept))
     return train, replace(file, name="selection", role="selection", rows=tuple(file.rows[i] for i in sorted(chosen)))
 
@@ -111,7 +111,7 @@ def _words(text: Text) -> int:
     return sum(len(part.split()) for part in text)
 
 
-def _draw(rows: Sequence[int], size: int, seed: str) -> list[int]:
+def draw(rows: Sequence[int], size: int, seed: str) -> list[int]:
     """``size`` of ``rows`` in their order, by a hash, so that the draw is the same on every version of every library."""
     return sorted(sorted(rows, key=lambda i: hashlib.sha256(f"{seed} {i}".encode()).digest())[:size])
 
