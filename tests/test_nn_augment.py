@@ -12,7 +12,7 @@ from torch import tensor
 from models import FAMILIES, FamilyName, random_checkpoint, run_stage, toy_context, toy_rows
 from onnxsqueeze.nn import augment, checkpoint, losses
 from onnxsqueeze.stages.distill import Distill
-from onnxsqueeze.tasks.rows import Row
+from onnxsqueeze.tasks.rows import UNLABELLED, Row
 
 QUICK = Distill(layers=1, epochs=1, batch_size=16)
 
@@ -25,7 +25,7 @@ def test_words_are_replaced_by_near_ones_of_the_models_own_vocabulary(tmp_path: 
     words = {piece.lstrip("\u0120") for piece in checkpoint.vocabulary(folder)}
 
     assert 40 < len(made) <= 60
-    assert all(row.label == losses.UNLABELLED and row.text_pair for row in made)
+    assert all(row.label == UNLABELLED and row.text_pair for row in made)
     before = {word.lower() for row in rows for text in (row.text, row.text_pair or "") for word in text.split()}
     new = {word.lower() for row in made for text in (row.text, row.text_pair or "") for word in text.split()} - before
     assert new <= words
@@ -69,10 +69,10 @@ def test_lines_become_rows_and_pairs() -> None:
 
 def test_rows_without_labels_have_no_part_in_the_tasks_loss() -> None:
     logits = tensor([[0.0, 1.0], [3.0, 0.0], [1.0, 1.0]])
-    some = losses.task(logits, tensor([1, losses.UNLABELLED, 0]), regression=False)
+    some = losses.task(logits, tensor([1, UNLABELLED, 0]), regression=False)
     torch.testing.assert_close(some, losses.task(logits[[0, 2]], tensor([1, 0]), regression=False))
-    assert losses.task(logits, torch.full((3,), losses.UNLABELLED), regression=False).item() == 0
-    scores = losses.task(logits[:, :1], tensor([0.5, float(losses.UNLABELLED), 1.0]), regression=True)
+    assert losses.task(logits, torch.full((3,), UNLABELLED), regression=False).item() == 0
+    scores = losses.task(logits[:, :1], tensor([0.5, float(UNLABELLED), 1.0]), regression=True)
     torch.testing.assert_close(scores, losses.task(logits[[0, 2], :1], tensor([0.5, 1.0]), regression=True))
 
 

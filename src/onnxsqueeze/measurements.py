@@ -30,7 +30,8 @@ from onnxsqueeze.measure.work import FixedWork, TaskWork, Work
 from onnxsqueeze.results import FileRecord, Load, Proof, WeightClass
 from onnxsqueeze.stage import Progress
 from onnxsqueeze.store import Store
-from onnxsqueeze.tasks.rows import SplitRows, TaskInfo, rows_sha256
+from onnxsqueeze.tasks.metrics import said
+from onnxsqueeze.tasks.rows import Row, SplitRows, TaskInfo, as_read, rows_sha256
 from onnxsqueeze.timing import Timed
 
 if TYPE_CHECKING:
@@ -132,13 +133,14 @@ class Measurements:
                 values = predict(
                     subject.artifact.path,
                     subject.backend,
-                    split,
+                    as_read(self.info, split),
                     self.info.max_length,
                     self.settings.batch,
                     self.settings.threads,
                     progress,
                     opener=self.backends.open,
                 )
+                values = said(self.info, values)
                 buffer = io.BytesIO()
                 np.save(buffer, values, allow_pickle=False)
                 kept = buffer.getvalue()
@@ -150,12 +152,18 @@ class Measurements:
 
     def golden(self, subject: Subject) -> Golden:
         """What it says to a few generated sentences, for `onnxsqueeze verify`."""
-        pairs = self.dev[0].rows[0].text_pair is not None
-        causes = {"max_length": self.info.max_length, "pairs": pairs, "version": Golden.model_fields["version"].default}
+        pairs = self._read()[0].text_pair is not None
+        causes = {
+            "max_length": self.info.max_length,
+            "pairs": pairs,
+            "vectors": self.info.embeds,
+            "version": Golden.model_fields["version"].default,
+        }
 
         def ask() -> Golden:
             asked = sentences(pairs=pairs)
-            return answers(subject.artifact.path, subject.backend, self.settings.threads, self.info.max_length, asked, self.backends)
+            place, threads, longest = subject.artifact.path, self.settings.threads, self.info.max_length
+            return answers(place, subject.backend, threads, longest, asked, self.backends, vectors=self.info.embeds)
 
         return self._recorded("golden", Golden, self._causes(subject) | causes, ask)
 
@@ -183,7 +191,7 @@ class Measurements:
 
             progress = self.teller.begin(f"{subject.name}: under load")
             encoder = Encoder(subject.artifact.path, self.info.max_length)
-            texts = self.dev[0].rows[:_LOAD_ROWS]
+            texts = self._read()[:_LOAD_ROWS]
             rows = encoder.encode([row.text for row in texts], [row.text_pair for row in texts])
             singles = [pad([row], encoder.pad_id) for row in rows]
             longest_first = sorted(rows, key=len, reverse=True)
@@ -227,9 +235,13 @@ class Measurements:
         """The shape that decides, then the others, then the task's rows; their median length by the tokenizer of ``by``."""
         works: list[Work] = [FixedWork(shape) for shape in self.settings.all_shapes]
         if self.settings.task_lengths and by is not None:
-            texts = [(row.text, row.text_pair) for row in self.dev[0].rows]
+            texts = [(row.text, row.text_pair) for row in self._read()]
             works.append(TaskWork.of(texts, by.artifact.path, self.info.max_length, self.settings.batch, self.settings.threads))
         return works
+
+    def _read(self) -> Sequence[Row]:
+        """The rows of the first dev split as the models read them."""
+        return as_read(self.info, self.dev[0]).rows
 
     def _with_samples(self, timed: Timed, name: str, causes: Mapping[str, Any]) -> Timed:
         """The same, with the name of the file that keeps every run; its content goes into `samples`."""
@@ -300,7 +312,12 @@ class Measurements:
 
     def _rows_causes(self, split: SplitRows) -> dict[str, Any]:
         tokenizers = environment.versions(("tokenizers",))
-        return {"rows": rows_sha256(split.rows), "tokenizers": tokenizers, "max_length": self.info.max_length}
+        return {
+            "rows": rows_sha256(split.rows),
+            "tokenizers": tokenizers,
+            "max_length": self.info.max_length,
+            **({"compare": self.info.compare} if self.info.embeds else {}),
+        }
 
 
 def _with_text(result: LatencyResult, subject: Subject, work: Work) -> LatencyResult:

@@ -24,8 +24,8 @@ from onnxsqueeze.report.write import write_reports
 from onnxsqueeze.results import RESULTS_FILE, Results, Split, StageRecord, Target, TaskRecord
 from onnxsqueeze.stage import Changed, Context, Progress
 from onnxsqueeze.store import Entry, Store, exclusive, write_atomically
-from onnxsqueeze.tasks.metrics import primary
-from onnxsqueeze.tasks.rows import SplitRows
+from onnxsqueeze.tasks.metrics import primary, said
+from onnxsqueeze.tasks.rows import SplitRows, as_read
 
 
 class Watcher(Protocol):
@@ -122,9 +122,9 @@ class _Maker:
         labels = [row.label for row in task.selection.rows]
         context = Context(
             task=task.info,
-            train=step.stage.reads(task.train, self.prepared.seed),
-            selection=task.selection,
-            select=lambda logits: primary(task.info, logits, labels),
+            train=step.stage.reads(as_read(task.info, task.train), self.prepared.seed),
+            selection=as_read(task.info, task.selection),
+            select=lambda outputs: primary(task.info, said(task.info, outputs), labels),
             seed=self.prepared.seed,
             threads=self.prepared.threads,
             call=self.prepared.loaded.recipe.measure.call,
@@ -200,6 +200,8 @@ def _measure(prepared: Prepared, store: Store, watcher: Watcher, maker: _Maker, 
             training=(_split(task.train), _split(task.selection)),
             generated=task.info.generated,
             note=task.info.note,
+            compare=task.info.compare,
+            pooling=task.info.pooling if task.info.embeds else None,
         ),
         environment=environment.describe(registry.started_providers()),
         stages=maker.records(prepared.plan.shared),

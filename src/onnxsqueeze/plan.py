@@ -103,7 +103,8 @@ def make_plan(loaded: LoadedRecipe, start: Start, task: Task, seed: int, threads
 class _Planner:
     def __init__(self, loaded: LoadedRecipe, start: Start, task: Task, seed: int, threads: int) -> None:
         self.loaded, self.start, self.seed = loaded, start, seed
-        self.trained = has_trained_head(start.artifact.path)
+        self.embeds = task.info.embeds
+        self.trained = self.embeds or has_trained_head(start.artifact.path)
         self.faults: list[Fault] = []
         info = task.info
         self._data = {
@@ -112,6 +113,7 @@ class _Planner:
             "max_length": info.max_length,
             "train": rows_sha256(task.train.rows),
             "selection": rows_sha256(task.selection.rows),
+            **({"compare": info.compare, "pooling": info.pooling} if info.embeds else {}),
             **({"positive": info.positive_index} if info.labels and info.positive_index != 1 else {}),
         }
         self._machine = {**environment.processors(), "threads": threads}
@@ -129,6 +131,8 @@ class _Planner:
         parent = above[-1] if above else None
         parent_key = parent.key if parent else self.start.artifact.key
         finetuned = [step for step in above if isinstance(step.stage, Finetune)]
+        if self.embeds and (not stage.embeds or (isinstance(stage, Finetune) and stage.force)):
+            self.faults.append(self.loaded.fault(place, f"{stage.kind}: is not for models that embed (the task's `compare`); take it out"))
         if isinstance(stage, Finetune) and self.trained and not stage.force:
             return Step(
                 stage,
@@ -137,7 +141,9 @@ class _Planner:
                 None,
                 has_teacher=False,
                 causes={},
-                skipped="the model has a trained head, so it is the teacher as it is (`force: true` trains it anyway)",
+                skipped="a model that embeds is the teacher as it is"
+                if self.embeds
+                else "the model has a trained head, so it is the teacher as it is (`force: true` trains it anyway)",
             )
         first = stage.needs_head and not any(step.stage.needs_head for step in above)
         if first and not self.trained and not isinstance(stage, Finetune) and not stage.needs_teacher:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from onnxsqueeze import backends, environment, models
 from onnxsqueeze.backends import HERE, Backends
 from onnxsqueeze.errors import RecipeError, UsageError, nearest, without_paths
@@ -63,11 +65,15 @@ def prepare(request: Request) -> Prepared:
                 f"--task {request.task}: unknown task {request.task!r}{nearest(str(request.task), NAMES)}",
                 remedy="name a GLUE task or toy; files of your own are named in the recipe",
             )
-        settings = TaskSettings(name=request.task, max_length=settings.max_length, train_rows=settings.train_rows)
+        settings = _other_task(request.task, settings)
     seed = recipe.seed if request.seed is None else request.seed
     start = models.resolve(request.model or recipe.model)
     task = open_task(settings, data_dir=request.data_dir, seed=seed)
-    if has_trained_head(start.artifact.path) and any(_uses_head(chain(recipe, target)) for target in recipe.targets):
+    if (
+        not task.info.embeds
+        and has_trained_head(start.artifact.path)
+        and any(_uses_head(chain(recipe, target)) for target in recipe.targets)
+    ):
         task = task.in_order_of(id2label(start.artifact.path))
     threads = threads_to_use()
     plan = make_plan(loaded, start, task, seed, threads)
@@ -78,6 +84,16 @@ def prepare(request: Request) -> Prepared:
     _check_lengths(loaded, task, start)
     out = request.out or Path("runs") / f"{recipe.name}-{task.info.name}"
     return Prepared(request, loaded, task, start, seed, threads, plan, out)
+
+
+def _other_task(name: str, settings: TaskSettings) -> TaskSettings:
+    """The named task with what the recipe says of any task. Raises UsageError where that does not fit."""
+    kept = settings.model_dump(include={"max_length", "train_rows", "compare", "pooling"})
+    try:
+        return TaskSettings(name=name, **kept)
+    except ValidationError as error:
+        said = error.errors(include_url=False)[0]["msg"]
+        raise UsageError(f"--task {name}: {said}", remedy="take a recipe that is not about embedding, or --task stsb") from error
 
 
 def threads_to_use() -> int:

@@ -45,6 +45,10 @@ class TaskRecord(_Part):
     training: tuple[Split, ...] = Field((), description="The rows that were trained and chosen on")
     generated: bool = Field(default=False, description="True where the sentences come from a grammar, not from people")
     note: str = ""
+    compare: Literal["cosine"] | None = Field(
+        None, description="How the vectors of a pair become its score, where the models embed single texts"
+    )
+    pooling: Literal["mean", "first"] | None = Field(None, description="How a text's vector is made of its tokens' last states")
 
 
 class Environment(_Part):

@@ -94,6 +94,7 @@ class Stage(BaseModel):
     uses_data: ClassVar[bool] = False  # the rows join the key
     uses_seed: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
+    embeds: ClassVar[bool] = True  # False: makes no sense for a model that gives vectors
     needs_head: ClassVar[bool] = True  # False: may stand above the first finetune of a model without a trained head
     text_files: ClassVar[
         tuple[str, ...]

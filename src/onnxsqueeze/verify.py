@@ -20,7 +20,9 @@ from onnxsqueeze.measure.work import FixedWork
 from onnxsqueeze.nn.checkpoint import read_config
 from onnxsqueeze.results import RESULTS_FILE, Results, Target, read_results
 from onnxsqueeze.stage import Progress
+from onnxsqueeze.tasks.metrics import said
 from onnxsqueeze.tasks.open import open_task
+from onnxsqueeze.tasks.rows import as_read
 from onnxsqueeze.tasks.settings import NAMES, TaskSettings
 
 _SLOWER = 0.9  # of the recorded interval's lower end: two measurements of one file differ by a few percent
@@ -52,7 +54,7 @@ def verify(
     folder = path.parent if path.is_file() else path
     known = golden.read(folder)
     yield _files(folder, known)
-    now = golden.answers(folder, known.backend, known.threads, known.max_length, known.sentences, backends)
+    now = golden.answers(folder, known.backend, known.threads, known.max_length, known.sentences, backends, vectors=known.vectors)
     yield _outputs(known, now)
     yield _invariance(now)
     record = read_results(folder.parent) if (folder.parent / RESULTS_FILE).is_file() else None
@@ -74,18 +76,20 @@ def _files(folder: Path, known: golden.Golden) -> Finding:
 def _outputs(known: golden.Golden, now: golden.Golden) -> Finding:
     off, turned = golden.distance(known, now)
     limit = golden.tolerance(known, now)
-    text = f"largest difference of a logit {off:.3g} (allowed {limit:.3g}), {turned} of {len(known.sentences)} answers turned"
+    text = f"largest difference of a {'component' if known.vectors else 'logit'} {off:.3g} (allowed {limit:.3g})"
+    if not known.vectors:
+        text += f", {turned} of {len(known.sentences)} answers turned"
     if (known.cpu, known.runtime) != (now.cpu, now.runtime):
         text += f"; golden ones are of {known.cpu}, onnxruntime {known.runtime}"
     return Finding("outputs", off <= limit, text, 1)
 
 
 def _invariance(now: golden.Golden) -> Finding:
-    largest = max(abs(x) for row in now.logits for x in row)
+    largest, what = max(abs(x) for row in now.logits for x in row), "component" if now.vectors else "logit"
     return Finding(
         "invariance",
         None,
-        f"a full batch moves logits by up to {now.batch_spread:.3g}, padding by up to {now.padding_spread:.3g} (largest logit {largest:.3g})",
+        f"a full batch moves {what}s by up to {now.batch_spread:.3g}, padding by up to {now.padding_spread:.3g} (largest {what} {largest:.3g})",
         0,
     )
 
@@ -135,7 +139,8 @@ def _metrics(
     if data_dir is None and not task.generated:
         yield Finding("metric", None, "not compared: name the folder of GLUE files with --data-dir", 0)
         return
-    opened = open_task(TaskSettings(name=task.name, max_length=task.max_length), data_dir=data_dir, seed=record.seed)
+    settings = TaskSettings(name=task.name, max_length=task.max_length, compare=task.compare, pooling=task.pooling or "mean")
+    opened = open_task(settings, data_dir=data_dir, seed=record.seed)
     if opened.info.labels:
         opened = opened.with_label_order(
             [name for _, name in sorted(read_config(folder)["id2label"].items(), key=lambda item: int(item[0]))]
@@ -149,8 +154,9 @@ def _metrics(
                 f"{split.source}: not the rows of the record (sha256 differs)",
                 remedy="name the folder of files that the record was made with",
             )
-        logits = predict(folder, target.backend, split, task.max_length, task.batch, threads, progress, opener=backends.open)
-        value = evaluate(opened.info, logits, [row.label for row in split.rows])[task.primary].value
+        rows = as_read(opened.info, split)
+        outputs = predict(folder, target.backend, rows, task.max_length, task.batch, threads, progress, opener=backends.open)
+        value = evaluate(opened.info, said(opened.info, outputs), [row.label for row in split.rows])[task.primary].value
         passed = value >= recorded.ci95[0]
         yield Finding(
             "metric",

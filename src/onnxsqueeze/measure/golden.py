@@ -45,6 +45,7 @@ class Golden(BaseModel):
     runtime: str
     sentences: tuple[tuple[str, str | None], ...]
     logits: tuple[tuple[float, ...], ...]
+    vectors: bool = False  # of a model that embeds, in place of logits
     batch_spread: float
     padding_spread: float
 
@@ -65,7 +66,14 @@ def sentences(*, pairs: bool) -> tuple[tuple[str, str | None], ...]:
 
 
 def answers(
-    folder: Path, backend: str, threads: int, max_length: int, asked: tuple[tuple[str, str | None], ...], backends: Backends
+    folder: Path,
+    backend: str,
+    threads: int,
+    max_length: int,
+    asked: tuple[tuple[str, str | None], ...],
+    backends: Backends,
+    *,
+    vectors: bool = False,
 ) -> Golden:
     """What the model in ``folder`` says now to the sentences ``asked``. Raises MeasureError and Unavailable."""
     import numpy as np
@@ -88,6 +96,7 @@ def answers(
         instruction_set=machine["instruction_set"],
         runtime=runtime.version if runtime else "",
         sentences=asked,
+        vectors=vectors,
         logits=tuple(tuple(float(x) for x in row) for row in alone),
         batch_spread=float(np.abs(together - alone).max()),
         padding_spread=float(np.abs(padded - alone).max()),
@@ -122,7 +131,7 @@ def tolerance(golden: Golden, now: Golden) -> float:
 
 
 def distance(golden: Golden, now: Golden) -> tuple[float, int]:
-    """(largest difference of a logit, sentences whose answer is another one). Raises DataError where the shapes differ."""
+    """(largest difference of a logit, sentences whose answer is another one; vectors answer nothing). Raises DataError where the shapes differ."""
     import numpy as np
 
     before: NDArray[np.float64] = np.array(golden.logits)
@@ -131,5 +140,5 @@ def distance(golden: Golden, now: Golden) -> tuple[float, int]:
         raise DataError(
             f"{GOLDEN_FILE}: logits are {list(before.shape)}, the model gives {list(after.shape)}", remedy="this is another model"
         )
-    turned = int((before.argmax(1) != after.argmax(1)).sum()) if before.shape[1] > 1 else 0
+    turned = int((before.argmax(1) != after.argmax(1)).sum()) if before.shape[1] > 1 and not golden.vectors else 0
     return float(np.abs(before - after).max()), turned

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from onnxsqueeze.nn import checkpoint
-from onnxsqueeze.nn.losses import UNLABELLED
-from onnxsqueeze.tasks.rows import Row
+from onnxsqueeze.tasks.rows import UNLABELLED, Row
 from onnxsqueeze.tasks.tables import read_texts
 
 if TYPE_CHECKING:

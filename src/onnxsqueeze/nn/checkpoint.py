@@ -82,6 +82,7 @@ def load(
 ) -> tuple[PreTrainedModel, Family]:
     """The folder's sequence classification model in float32 on the CPU, in evaluation mode, with one output per class of ``task``.
 
+    Of a task whose models embed, the encoder alone (`onnxsqueeze.nn.embedder`), whatever heads the folder has.
     ``new_head_seed`` allows a head that the checkpoint lacks (or has in another width) to be drawn from that seed; without it the
     checkpoint must bring its own, trained for the same classes. ``eager_attention`` is for those who read attention probabilities.
 
@@ -91,11 +92,13 @@ def load(
     import transformers
     from safetensors import SafetensorError
 
+    from onnxsqueeze.nn import embedder
+
     family = family_of(read_config(folder)["model_type"])
     pickled = _require_weights(folder)
     if not pickled:
         _weight_names(folder)  # finds a truncated file before any work
-    if new_head_seed is None:
+    if new_head_seed is None and not task.embeds:
         _require_head(folder, task)
     config = getattr(transformers, f"{family.classes}Config").from_pretrained(folder, local_files_only=True)
     if task.max_length > family.max_tokens(config):
@@ -110,13 +113,15 @@ def load(
             model, new = _read_model(folder, family, config, pickled=pickled, new_head=new_head_seed is not None, eager=eager_attention)
         except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
             raise ModelError(f"{folder.name}: the weights cannot be loaded: {error}", remedy="download or save the model again") from error
-    may_be_new = () if new_head_seed is None else tuple(f"{module}." for module in (*family.head, *family.fresh))
+    may_be_new = () if new_head_seed is None and not task.embeds else tuple(f"{module}." for module in (*family.head, *family.fresh))
     lost = sorted(name for name in new if not name.startswith(may_be_new))
     if lost:
         raise ModelError(
             f"{folder.name}: {len(lost)} weights are missing or of another shape than config.json says, first {lost[0]}",
             remedy="check that config.json belongs to these weights",
         )
+    if task.embeds:
+        embedder.turn(model, family, task.pooling)
     return model.eval(), family
 
 
@@ -159,7 +164,7 @@ def save(model: PreTrainedModel, parent: Path, out: Path, task: TaskInfo) -> Non
 
     _describe_outputs(model.config, task)
     config = {key: value for key, value in model.config.to_diff_dict().items() if not key.startswith("_")}
-    config["architectures"] = [type(model).__name__]
+    config["architectures"] = [f"{family_of(model.config.model_type).classes}Model" if task.embeds else type(model).__name__]
     (out / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in structure.own_state(model).items()}
     save_file(tensors, out / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -263,6 +268,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _describe_outputs(config: Any, task: TaskInfo) -> None:
+    if task.embeds:
+        return
     config.num_labels = task.outputs
     names = task.labels or ("score",)
     config.id2label = dict(enumerate(names))

@@ -1,9 +1,10 @@
-"""A student beside its teacher: the loss (labels, logits, hidden states, attention and relations, each with its weight), and the training on it."""
+"""A student beside its teacher: the loss (labels, logits or vectors, hidden states, attention and relations, each with its weight), and the training on it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ class Distillation:
         kept: Sequence[int] | None = None,
         of: int = 0,
     ) -> None:
-        weights = settings.loss_weights()
+        weights = _weights(settings, embeds=context.task.embeds)
         self._settings, self._model, self._family, self._context, self._folder = settings, model, family, context, parent.path
         self._regression = context.task.kind == "regression"
         self._projections: losses.Projections | None = None
@@ -62,8 +63,10 @@ class Distillation:
             of = len(families.layers(model, family))
             kept = range(of)
         self._teaching = teaching_layers(kept, of, len(families.layers(master.model, master.family)))
-        if weights.logits > 0:
+        if weights.logits > 0 or weights.similarities > 0:
             self._known = teachers.logits(master, settings.precision, context)
+            if context.task.embeds and weights.logits > 0:
+                _require_equal_widths(settings.name, model.config.hidden_size, self._known.shape[1])
         if weights.hidden > 0 and model.config.hidden_size != master.model.config.hidden_size:
             with torch.random.fork_rng():
                 torch.manual_seed(context.seed)
@@ -137,8 +140,7 @@ class Distillation:
         weights, states, attentions = self._weights, self._weights.hidden > 0, self._weights.attention > 0
         total: Tensor = weights.task * losses.task(own.logits, batch.labels, regression=self._regression)
         if self._known is not None:
-            known = self._known[batch.index]
-            total = total + weights.logits * losses.logits(own.logits, known, temperature=weights.temperature, regression=self._regression)
+            total = total + self._answers(own.logits, self._known[batch.index])
         if self._master is None:
             return total
         with torch.no_grad():
@@ -157,6 +159,14 @@ class Distillation:
             pairs = [losses.relations(a, b, mask, weights.relation_heads) for a, b in facing]
             total = total + weights.relations * torch.stack(pairs).mean()
         return total
+
+    def _answers(self, own: Tensor, known: Tensor) -> Tensor:
+        """Against the teacher's logits, or its vectors."""
+        weights = self._weights
+        if not self._context.task.embeds:
+            return weights.logits * losses.logits(own, known, temperature=weights.temperature, regression=self._regression)
+        total = weights.similarities * losses.similarities(own, known)
+        return total + weights.logits * losses.cosine(own, known) if weights.logits > 0 else total
 
 
 class _Relations:
@@ -192,6 +202,27 @@ def teaching_layers(kept: Sequence[int], parent: int, teacher: int) -> tuple[int
     if teacher == parent:
         return tuple(kept)
     return structure.evenly(len(kept), teacher)
+
+
+def _weights(settings: TaughtSettings, *, embeds: bool) -> LossWeights:
+    """With what similarities weigh where the settings leave it open. Raises StageError where they weigh something for a model without vectors."""
+    weights = settings.loss_weights()
+    if embeds:
+        return replace(weights, similarities=weights.logits if settings.alpha_similarities is None else settings.alpha_similarities)
+    if weights.similarities > 0:
+        raise StageError(
+            f"{settings.name}: alpha_similarities: is for models that embed, and this task's model gives logits",
+            remedy="take it out, or set the task's `compare`",
+        )
+    return weights
+
+
+def _require_equal_widths(name: str, student: int, teacher: int) -> None:
+    if student != teacher:
+        raise StageError(
+            f"{name}: alpha_logits: the student's vectors are {student} wide, the teacher's {teacher}",
+            remedy="set alpha_logits to 0 and alpha_similarities above 0: how texts compare needs no equal widths",
+        )
 
 
 def _require_equal_heads(name: str, student: tuple[int, ...], teacher: tuple[int, ...], teaching: tuple[int, ...]) -> None:

@@ -71,18 +71,6 @@ def predict(model: PreTrainedModel, family: Family, examples: Examples) -> list[
     return [torch.cat(head).numpy()[back] for head in zip(*parts, strict=True)]
 
 
-class Export(nn.Module):
-    """The model with all its logits as outputs, and its inputs in the family's order, for the exporter."""
-
-    def __init__(self, model: PreTrainedModel, family: Family) -> None:
-        super().__init__()
-        self.model, self._names = model, family.inputs()
-
-    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """As `every`."""
-        return every(self.model, dict(zip(self._names, given, strict=True)))
-
-
 def names(model: nn.Module) -> list[str]:
     """Names of the exported outputs behind the logits."""
     return [f"logits_after_{i}" for i in after(model)]

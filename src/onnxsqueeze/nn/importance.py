@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from onnxsqueeze.errors import StageError
 from onnxsqueeze.nn import losses, training
 from onnxsqueeze.nn.batches import by_length, encode
 from onnxsqueeze.nn.family import Family, layers
@@ -28,6 +29,11 @@ class Asked:
     """``count`` training rows that a model is asked about; ``loss`` is the task's, mean over all of them. ``folder`` has the tokenizer."""
 
     def __init__(self, model: PreTrainedModel, family: Family, folder: Path, context: Context, count: int) -> None:
+        if context.task.embeds:
+            raise StageError(
+                "rows are asked for the loss against their labels, and a model that embeds reads texts without labels",
+                remedy="let nothing be chosen by it: `choose: even` (distill), `start: even` (share-layers)",
+            )
         examples = encode(folder, spread(context.train.rows, count), context.task.max_length)
         self._model, self._family, self._examples, self._regression = model, family, examples, context.task.kind == "regression"
         self._labels = torch.tensor(examples.labels, device=training.device())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-UNLABELLED = -100  # the label of a row that has none: torch's cross entropy leaves it out
+from onnxsqueeze.tasks.rows import UNLABELLED
 
 
 def task(logits: Tensor, labels: Tensor, *, regression: bool) -> Tensor:
@@ -33,6 +33,27 @@ def logits(student: Tensor, teacher: Tensor, *, temperature: float, regression: 
     soft = functional.log_softmax(teacher.float() / temperature, dim=-1)
     own = functional.log_softmax(student.float() / temperature, dim=-1)
     return functional.kl_div(own, soft, reduction="batchmean", log_target=True) * temperature**2
+
+
+def cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 - the cosine of student's and teacher's vector of a text, ``[batch, width]`` each.
+
+    Source: Reimers and Gurevych 2020, "Making Monolingual Sentence Embeddings Multilingual", section 2, where it is the squared
+    difference: of vectors of length 1 twice this.
+    """
+    return (1 - functional.cosine_similarity(student.float(), teacher.float(), dim=1)).mean()
+
+
+def similarities(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared difference of the cosines between the texts of a batch, each with each other; the widths ``[batch, width]`` may differ. 0 for one text.
+
+    Source: Tung and Mori 2019, "Similarity-Preserving Knowledge Distillation", equation 4, over cosines.
+    """
+    if len(student) < 2:
+        return student.float().sum() * 0.0
+    own, known = (functional.normalize(vectors.float(), dim=1) for vectors in (student, teacher))
+    others = ~torch.eye(len(own), dtype=torch.bool, device=own.device)
+    return ((own @ own.T - known @ known.T).square())[others].mean()
 
 
 def hidden(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:

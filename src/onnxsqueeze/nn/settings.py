@@ -51,13 +51,14 @@ class TrainingSettings(Stage):
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Of each loss; 0 leaves it out. ``temperature`` softens logits; relations are split into ``relation_heads``."""
+    """Of each loss; 0 leaves it out. ``similarities`` is for models that embed. ``temperature`` softens logits; relations are split into ``relation_heads``."""
 
     task: float
     logits: float = 0.0
     hidden: float = 0.0
     attention: float = 0.0
     relations: float = 0.0
+    similarities: float = 0.0
     temperature: float = 1.0
     relation_heads: int = 1
 
@@ -69,7 +70,7 @@ class LossWeights:
     @property
     def taught(self) -> bool:
         """Whether a teacher has a part in it."""
-        return self.logits > 0 or bool(self.token_by_token)
+        return self.logits > 0 or self.similarities > 0 or bool(self.token_by_token)
 
 
 class TaughtSettings(TrainingSettings):
@@ -80,11 +81,18 @@ class TaughtSettings(TrainingSettings):
     )
     temperature: float = Field(2.0, gt=0, description="Softens the logits of teacher and student")
     alpha_task: float = Field(0.5, ge=0, description="Weight of the loss against the labels, where there is a teacher")
-    alpha_logits: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's logits, where there is a teacher")
+    alpha_logits: float = Field(
+        1.0, ge=0, description="Weight of the loss against the teacher's logits (or vectors), where there is a teacher"
+    )
+    alpha_similarities: float | None = Field(
+        None,
+        ge=0,
+        description="Of models that embed: weight of the loss against how alike the teacher finds the texts of a batch; default: as alpha_logits",
+    )
 
     def loss_weights(self) -> LossWeights:
         """What the losses beside a teacher weigh."""
-        return LossWeights(self.alpha_task, self.alpha_logits, temperature=self.temperature)
+        return LossWeights(self.alpha_task, self.alpha_logits, similarities=self.alpha_similarities or 0.0, temperature=self.temperature)
 
 
 class StatesTaughtSettings(TaughtSettings):

@@ -33,6 +33,8 @@ class BranchExits(Stage):
     tools: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnx", "onnx-ir")
     uses_data: ClassVar[bool] = True
 
+    embeds: ClassVar[bool] = False
+
     kind: Literal["branch-exits"] = "branch-exits"
     max_drop_pp: float = Field(0.5, ge=0, description="Most points of the metric on the selection split that leaving early may cost")
     threshold: float | None = Field(None, ge=0, le=1, description="Largest probability from which on a row leaves; default: chosen")

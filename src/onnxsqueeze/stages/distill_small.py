@@ -28,6 +28,8 @@ class DistillSmall(AugmentedSettings):
     tools: ClassVar[tuple[str, ...]] = (*AugmentedSettings.tools, "onnx", "onnxruntime")
     needs_teacher: ClassVar[bool] = True
 
+    embeds: ClassVar[bool] = False
+
     kind: Literal["distill-small"] = "distill-small"
     architecture: Literal["cnn", "bilstm"] = Field(
         "cnn", description="Convolutions over words, or two recurrent networks, one from each end"

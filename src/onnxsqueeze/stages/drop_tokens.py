@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,8 @@ class DropTokens(TaughtSettings):
     How many stay is a share of the length, so short rows lose few. Nothing of the weights goes. Source: Goyal et al. 2020, "PoWER-BERT" (elimination by the
     attention that a token receives); here by that of the first token, which the head reads, as in Liang et al. 2022, "EViT", section 3.2.
     """
+
+    embeds: ClassVar[bool] = False
 
     kind: Literal["drop-tokens"] = "drop-tokens"
     keep: dict[int, int] = Field(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,8 @@ class EarlyExit(StatesTaughtSettings):
     The export then has one output more per exit; `branch-exits` makes one .onnx of it that stops where it is sure. Source: Teerapittayanon et al. 2016,
     "BranchyNet" (joint training); Phuong and Lampert 2019, "Distillation-Based Training for Multi-Exit Architectures" (exits learn from the last).
     """
+
+    embeds: ClassVar[bool] = False
 
     kind: Literal["early-exit"] = "early-exit"
     after: tuple[int, ...] = Field((1, 3), min_length=1, description="Behind which layers, counted from 0, a head is put; never the last")

@@ -42,6 +42,8 @@ class PruneStructure(StatesTaughtSettings):
         "optimum-onnx",
     )  # the last four measure
 
+    embeds: ClassVar[bool] = False
+
     kind: Literal["prune-structure"] = "prune-structure"
     budget: Budget | None = Field(Budget(), description="What heads and neurons may cost in the end; null: they all stay")
     importance: Literal["taylor", "magnitude", "gates"] = Field(

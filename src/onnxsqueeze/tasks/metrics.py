@@ -13,6 +13,22 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+def said(info: TaskInfo, outputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What a model says of each row, ``[n, outputs]``: its logits; of one that embeds, the cosine of each pair's vectors.
+
+    ``outputs`` are those of `onnxsqueeze.tasks.rows.as_read`'s rows.
+    """
+    if not info.embeds:
+        return outputs
+    import numpy as np
+
+    first, second = (outputs[start::2].astype(np.float64) for start in (0, 1))
+    lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a vector of zeros: not finite, and an error where it is scored
+        cosines: NDArray[np.float32] = ((first * second).sum(1) / lengths)[:, None].astype(np.float32)
+    return cosines
+
+
 def scores(info: TaskInfo, logits: NDArray[np.float32], labels: Sequence[int | float] | NDArray[Any]) -> dict[str, float]:
     """Every metric of the task, in its order, as fractions (correlations as they are).
 

@@ -62,6 +62,7 @@ def open_task(settings: TaskSettings, *, data_dir: Path | None, seed: int) -> Ta
     """
     source, info = _source(settings, data_dir)
     train, selection = split_training(source.train(), seed, settings.train_rows)
+    info = replace(info, compare=settings.compare, pooling=settings.pooling)
     task = Task(info, train, selection, source, info.labels, labels_stated=settings.labels is not None)
     return task if settings.labels is None else task.with_label_order(settings.labels)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from onnxsqueeze.errors import StageError
 
+UNLABELLED = -100  # the label of a row that has none: torch's cross entropy leaves it out
+
 
 @dataclass(frozen=True)
 class Row:
-    """One labelled example. ``label`` is a class index, or a score for regression."""
+    """One example. ``label`` is a class index, a score for regression, or `UNLABELLED`."""
 
     text: str
     text_pair: str | None
@@ -26,6 +28,7 @@ class TaskInfo:
     ``labels`` are the class names by index; empty for regression (one output, a score).
     ``metrics`` are all that are reported; ``primary`` is the one that decides. ``max_length`` is in tokens.
     ``positive`` is the class that f1 is of, by name: its index follows the order of ``labels``, which a trained model may turn.
+    ``compare`` is how the vectors of a pair's texts become its score, where the model embeds; ``pooling`` how it makes them.
     """
 
     name: str
@@ -36,6 +39,13 @@ class TaskInfo:
     generated: bool = False
     note: str = ""
     positive: str | None = None
+    compare: Literal["cosine"] | None = None
+    pooling: Literal["mean", "first"] = "mean"
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the model reads single texts and gives vectors."""
+        return self.compare is not None
 
     @property
     def kind(self) -> Literal["classification", "regression"]:
@@ -63,6 +73,17 @@ class SplitRows:
     sha256: str
     role: Literal["train", "selection", "dev"]
     dropped: int = 0
+
+
+def as_read(info: TaskInfo, split: SplitRows) -> SplitRows:
+    """The rows as the model reads them: for one that embeds the single texts, without labels.
+
+    The first and the second of each pair stand one behind the other; on training rows each text once.
+    """
+    if not info.embeds:
+        return split
+    texts = [text for row in split.rows for text in (row.text, row.text_pair or "")]
+    return replace(split, rows=tuple(Row(text, None, UNLABELLED) for text in (dict.fromkeys(texts) if split.role == "train" else texts)))
 
 
 def rows_sha256(rows: Sequence[Row]) -> str:

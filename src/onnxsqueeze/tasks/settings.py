@@ -32,6 +32,15 @@ class TaskSettings(BaseModel):
         None, min_length=2, description="Class names in the order of the model's outputs; default: the model's order, or sorted"
     )
     max_length: int = Field(128, ge=8, description="Tokens a row, special tokens included; longer rows are cut")
+    compare: Literal["cosine"] | None = Field(
+        None,
+        description="For pairs with a score, and models that embed: each text becomes a vector, and the cosine of a pair's two is what the model says; "
+        "such a model is the teacher as it is",
+    )
+    pooling: Literal["mean", "first"] = Field(
+        "mean",
+        description="With `compare`: a text's vector is the mean of its tokens' last states, or the first token's; scaled to length 1",
+    )
     train_rows: int | None = Field(None, ge=1, description="Train on this many rows at most, drawn by the seed after the selection split")
 
     @model_validator(mode="before")
@@ -80,6 +89,10 @@ class TaskSettings(BaseModel):
             raise ValueError("`train` and `dev` are the same file; a model is not scored on rows that it was trained on")
         if self.labels and (self.name == "stsb" or CORRELATIONS.intersection(self.metric)):
             raise ValueError("`labels` is for classes, but this task's label is a score")
+        if self.compare and not (self.name == "stsb" or (self.name is None and self.text_pair and CORRELATIONS.issuperset(self.metric))):
+            raise ValueError(
+                "`compare` is for pairs of texts with a score: stsb, or files of your own with `text_pair` and a correlation as `metric`"
+            )
         if "f1" in self.metric and self.labels and len(self.labels) != 2:
             raise ValueError(f"`f1` needs two classes, `labels` names {len(self.labels)}; use accuracy or matthews")
         return self
