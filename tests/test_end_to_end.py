@@ -188,6 +188,28 @@ def test_one_recipe_per_single_method(recipe: str, qdp: tuple[Outcome, list[str]
     assert read_results(outcome.out) == outcome.results
 
 
+@pytest.mark.parametrize("recipe", ["smallest", "fastest"])
+def test_methods_combine_into_one_file(recipe: str, qdp: tuple[Outcome, list[str]], place: Path) -> None:
+    overrides = [
+        *SMALL,
+        "stages.distill.layers=1",
+        "stages.distill.epochs=1",
+        "stages.prune-structure.multiple_of=8",
+        "stages.prune-structure.epochs=1",
+    ]
+    if recipe == "smallest":
+        overrides += ["stages.factorize.vocabulary_rank=8", "stages.factorize.epochs=1"]
+    outcome, lines = run(recipe, place / recipe, model=place / "model", store=place / "store", overrides=overrides)
+    assert outcome.exit_code == 0, outcome.problems
+    assert any(line.startswith("finetune: in the store") for line in lines)
+    found = targets(outcome)
+    assert found[recipe].size_bytes < found["int8"].size_bytes
+    config = json.loads((place / recipe / recipe / "config.json").read_text())
+    assert config["num_hidden_layers"] == 1
+    assert config["onnxsqueeze"]["neurons"][0] < config["intermediate_size"]
+    assert config["onnxsqueeze"].get("vocabulary_rank") == (8 if recipe == "smallest" else None)
+
+
 # What makes a recipe of recipes/methods/ fit a model of two layers.
 METHODS = {
     "distill-small": [],

@@ -25,6 +25,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("file", sorted(RECIPES.rglob("*.yaml")), ids=lambda file: file.stem)
 def test_every_recipe_runs_on_the_real_model(file: Path, place: Path) -> None:
+    if "stsb" in file.read_text(encoding="utf-8") and not os.environ.get("ONNXSQUEEZE_GLUE_DIR"):
+        pytest.skip("ONNXSQUEEZE_GLUE_DIR does not name GLUE's files")
     outcome, _ = run(file, place / file.stem, model=Path("minilm"), store=place / "store", overrides=LITTLE)
     assert outcome.exit_code == 0, outcome.problems
     for target in outcome.results.targets:
