@@ -1,11 +1,13 @@
-"""Run the recipe of every single method on real tasks, from the project's root; keep the records and one table of them.
+"""Run the recipe of every single method, and those that combine them, on real tasks, from the project's root; keep the records and one table of them.
 
     python benchmarks/methods.py --data-dir glue --out reports/methods
     python benchmarks/methods.py --data-dir glue --out reports/methods --tasks mrpc --methods factorize --seeds 0 1 2
+    python benchmarks/methods.py --data-dir glue --out reports/methods --tasks sst2 --methods smallest --rows 0
     python benchmarks/methods.py --out reports/methods --table-only      draws the table again from the records
 
-Students and stages of SST-2 train on 10,000 rows unless --train-rows says otherwise; the other tasks on all of theirs. Writes
-<out>/<task>/<method>-<seed>/results.json with its samples, and <out>/methods.md: a line per target, the mean over seeds, and each seed's value.
+The teacher is trained on all rows. Students and stages of SST-2 train on 10,000 of them, those of the other tasks on all; --rows says otherwise (0: all).
+Writes <out>/<task>/<method>-<seed>/results.json with its samples (<task>-all-rows where SST-2's stages got all), and <out>/methods.md: a line per target, the mean over
+seeds, and each seed's value.
 """
 
 from __future__ import annotations
@@ -16,77 +18,95 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
-from onnxsqueeze.results import Results, Target, read_results
+import numpy as np
+
+from onnxsqueeze.measure.statistics import ratio_of_means_interval
+from onnxsqueeze.measure.work import ROUNDS
+from onnxsqueeze.recipe import load
+from onnxsqueeze.results import Latency, Results, Target, read_results
+from onnxsqueeze.stages import Finetune
 
 ROOT = Path(__file__).parent.parent
-METHODS = sorted(file.stem for file in (ROOT / "recipes" / "methods").glob("*.yaml"))
+SINGLE = {file.stem: file for file in sorted((ROOT / "recipes" / "methods").glob("*.yaml"))}
+RECIPES = SINGLE | {name: ROOT / "recipes" / f"{name}.yaml" for name in ("smallest", "fastest")}
 ROWS = {"sst2": 10_000}
+# What tells a task from the recipes' defaults: on SST-2, whose rows are many and short, large batches, and few epochs for the teacher.
+BATCH = {"sst2": 64}
+TEACHER = {"sst2": ("epochs=2", "freeze_embeddings=true")}
+
+
+def overrides(task: str, method: str, rows: int) -> list[str]:
+    """The teacher as the task wants it, and every other stage that trains on ``rows`` rows (0: all)."""
+    sets = [f"stages.finetune.{one}" for one in TEACHER.get(task, ())]
+    recipe = load(RECIPES[method]).recipe
+    places = [("stages", recipe.stages), *((f"targets.{target.name}.stages", target.stages) for target in recipe.targets)]
+    trained = [(f"{place}.{stage.name}", stage) for place, stages in places for stage in stages if "train_rows" in type(stage).model_fields]
+    sets += [f"{path}.batch_size={BATCH[task]}" for path, _ in trained if task in BATCH]
+    return [*sets, *(f"{path}.train_rows={rows}" for path, stage in trained if rows and not isinstance(stage, Finetune))]
 
 
 def run(task: str, method: str, seed: int, asked: argparse.Namespace) -> None:
     """Run one recipe on one task with one seed, and keep its record."""
-    out = asked.work / f"{task}-{method}-{seed}"
-    words = [
-        sys.executable,
-        "-m",
-        "onnxsqueeze",
-        "run",
-        f"recipes/methods/{method}.yaml",
-        "--task",
-        task,
-        "--data-dir",
-        str(asked.data_dir),
-    ]
+    rows = ROWS.get(task, 0) if asked.rows is None else asked.rows
+    folder = f"{task}-all-rows" if task in ROWS and not rows else task
+    out = asked.work / f"{folder}-{method}-{seed}"
+    file = RECIPES[method].relative_to(ROOT)
+    words = [sys.executable, "-m", "onnxsqueeze", "run", str(file), "--task", task, "--data-dir", str(asked.data_dir)]
     words += ["--seed", str(seed), "--out", str(out)]
-    rows = asked.train_rows or ROWS.get(task)
-    sets = [f"task.train_rows={rows}"] if rows else []
-    words += [word for override in [*sets, *asked.set] for word in ("--set", override)]
+    words += [word for override in [*overrides(task, method, rows), *asked.set] for word in ("--set", override)]
     subprocess.run(words, check=True)
-    kept = asked.out / task / f"{method}-{seed}"
+    kept = asked.out / folder / f"{method}-{seed}"
     kept.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(out / "results.json", kept / "results.json")
     shutil.copytree(out / "samples", kept / "samples", dirs_exist_ok=True)
 
 
-def table(records: Sequence[Results]) -> str:
+def table(title: str, folders: Sequence[Path]) -> str:
     """One line per target of one task: sizes and times of the first seed, the metric of all."""
-    first = records[0]
+    records = [(folder, read_results(folder)) for folder in folders]
+    first = records[0][1]
     primary, split = first.task.primary, first.task.splits[0]
     about = (
-        f"{split.source} ({split.n} rows), {first.task.training[0].n:,} training rows, {first.environment.cpu} ({first.environment.instruction_set}); times at"
-        f" batch 1, 1 thread; change: the paired difference from the fp32 teacher, mean of {len({r.seed for r in records})} seeds, interval of the first."
+        f"{split.source} ({split.n} rows), {first.environment.cpu} ({first.environment.instruction_set}); times at batch 1, 1 thread. Trained on: rows and epochs of each"
+        " stage behind the teacher. Change: the paired difference from the fp32 teacher, the mean over seeds, with the interval of the first. ÷: the mean time of the"
+        " same run's int8 (the teacher's) by this one's, on the task's rows, each at its own length."
     )
-    head = (
-        f"| target | MB | smaller | p50 128, ms | p50 32, ms | real lengths: mean, ms | {primary}, % | change, points (95 %) | each seed |"
-    )
-    lines = [f"## {first.task.name}", "", about, "", head, "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    head = f"| target | trained on | MB | smaller | p50 128, ms | faster | p50 32, ms | real lengths: mean, ms | int8's ÷ | {primary}, % | change, points (95 %) | each seed |"
+    lines = [f"## {title}", "", about, "", head, "| --- " * 12 + "|"]
     seen: set[str] = set()
-    for record in records:
+    for folder, record in records:
         for target in record.targets:
-            same = [t for other in records for t in other.targets if t.name == target.name and t.status == "ok"]
             if target.status != "ok" or target.backend != "cpu" or target.name in seen:
                 continue
             seen.add(target.name)
-            lines.append(_line(target, same, primary, split.name))
-    return "\n".join(lines) + "\n"
+            same = [
+                t
+                for _, other in records
+                if other.recipe == record.recipe
+                for t in other.targets
+                if t.name == target.name and t.status == "ok"
+            ]
+            lines.append(_line(folder, record, target, same))
+    commands = [f"    {record.command}" for _, record in records]
+    return "\n".join([*lines, "", *dict.fromkeys(commands)]) + "\n"
 
 
-def _line(target: Target, same: Sequence[Target], primary: str, split: str) -> str:
+def _line(folder: Path, record: Results, target: Target, same: Sequence[Target]) -> str:
     assert target.latency is not None  # noqa: S101  # it was measured
-    by_shape = {(x.lengths, x.sequence): x for x in (target.latency, *target.latencies)}
-    task = next((x for x in by_shape.values() if x.lengths == "task"), None)
-    short = by_shape.get(("fixed", 32))
-    values = list(dict.fromkeys(t.metrics[split][primary].value for t in same))
-    cells = [target.name, f"{(target.size_bytes or 0) / 1e6:.1f}"]
-    versus = target.vs_baseline
-    cells.append(f"{versus.size_ratio:.2f}×" if versus else "–")
+    primary, split = record.task.primary, record.task.splits[0].name
+    short = next((x for x in target.latencies if (x.lengths, x.sequence) == ("fixed", 32)), None)
+    task, versus = _at_own_lengths(target), target.vs_baseline
+    cells = [target.name, _trained(target), f"{(target.size_bytes or 0) / 1e6:.1f}", f"{versus.size_ratio:.2f}×" if versus else "–"]
+    cells += [_ms(target.latency, target.latency.p50_ms), _ratio(versus.speedup, versus.speedup_ci95) if versus else "–"]
     cells += [
-        f"{target.latency.p50_ms:.2f}",
-        f"{short.p50_ms:.2f}" if short else "–",
-        f"{task.mean_ms:.2f}" if task and task.mean_ms else "–",
+        _ms(short, short.p50_ms) if short else "–",
+        _ms(task, task.mean_ms) if task and task.mean_ms else "–",
+        _by_int8(folder, record, target),
     ]
+    values = [t.metrics[split][primary].value for t in same]
     cells.append(f"{100 * statistics.fmean(values):.1f}")
     if versus:
         deltas = [t.vs_baseline.metrics[split][primary].delta for t in same if t.vs_baseline]
@@ -98,6 +118,44 @@ def _line(target: Target, same: Sequence[Target], primary: str, split: str) -> s
     return "| " + " | ".join(cells) + " |"
 
 
+def _ms(latency: Latency, value: float) -> str:
+    return f"{value:.2f}" + ("" if latency.valid else " (others used the CPU)")
+
+
+def _ratio(value: float | None, interval: Sequence[float] | None) -> str:
+    return f"{value:.2f}× ({interval[0]:.2f}–{interval[1]:.2f})" if value is not None and interval else "–"
+
+
+def _trained(target: Target) -> str:
+    """Of each stage that trained behind the teacher: its kind, rows and epochs."""
+    trained = [(stage.kind, stage.changed["details"]) for stage in target.stages if "history" in stage.changed.get("details", {})]
+    return (
+        "; ".join(f"{kind}: {details['trained_rows']:,} × {len(details['history'])}" for kind, details in trained if kind != "finetune")
+        or "–"
+    )
+
+
+def _at_own_lengths(target: Target) -> Latency | None:
+    return next((x for x in target.latencies if x.lengths == "task"), None)
+
+
+def _by_int8(folder: Path, record: Results, target: Target) -> str:
+    """int8's mean time by the target's on the task's rows: both were measured in turns, process by process."""
+    plain = next((t for t in record.targets if t.name == "int8"), None)
+    if plain is None or target is plain or "fp32" in target.name:
+        return "–"
+    over, under = (_blocks(folder, latency) for latency in (_at_own_lengths(plain), _at_own_lengths(target)) if latency)
+    return _ratio(np.concatenate(over).mean() / np.concatenate(under).mean(), ratio_of_means_interval(over, under))
+
+
+def _blocks(folder: Path, latency: Latency) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], ...]:
+    """Every run of each process, in microseconds."""
+    with np.load(folder / str(latency.samples)) as kept:
+        rounds = [kept[f"arr_{i}"].astype(np.float64) for i in range(len(kept.files))]
+    bounds = [process * ROUNDS // (latency.processes or 1) for process in range((latency.processes or 1) + 1)]
+    return tuple(np.concatenate(rounds[low:high]) for low, high in pairwise(bounds))
+
+
 def main() -> None:
     """Run what is asked for, then draw the table of all records that are there."""
     cli = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -105,9 +163,9 @@ def main() -> None:
     cli.add_argument("--out", type=Path, required=True)
     cli.add_argument("--work", type=Path, default=Path("runs/methods"), help="where the models go")
     cli.add_argument("--tasks", nargs="+", default=["sst2", "mrpc"])
-    cli.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    cli.add_argument("--methods", nargs="+", default=list(SINGLE), choices=list(RECIPES))
     cli.add_argument("--seeds", nargs="+", type=int, default=[0])
-    cli.add_argument("--train-rows", type=int, default=0)
+    cli.add_argument("--rows", type=int, help="training rows of each stage behind the teacher; 0: all")
     cli.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
     cli.add_argument("--table-only", action="store_true")
     asked = cli.parse_args()
@@ -118,9 +176,9 @@ def main() -> None:
             for seed in asked.seeds:
                 for method in asked.methods:
                     run(task, method, seed, asked)
-    parts = ["# Single methods, each on the same teacher\n"]
+    parts = ["# Methods, each on the same teacher\n"]
     folders = sorted(path for path in asked.out.iterdir() if path.is_dir())
-    parts += [table([read_results(file.parent) for file in sorted(folder.glob("*/results.json"))]) for folder in folders]
+    parts += [table(folder.name, [file.parent for file in sorted(folder.glob("*/results.json"))]) for folder in folders]
     (asked.out / "methods.md").write_text("\n".join(parts), encoding="utf-8")
     sys.stdout.write("\n".join(parts))
 

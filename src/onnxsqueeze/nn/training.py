@@ -70,7 +70,7 @@ class Outcome:
         """For the record."""
         speed = self.rows * len(self.history) / sum(epoch["seconds"] for epoch in self.history)
         found = {"history": list(self.history), "best_epoch": self.best_epoch, "precision": self.precision, "device": self.device}
-        return found | {"rows_per_second": round(speed, 1)} | self.again()
+        return found | {"trained_rows": self.rows, "rows_per_second": round(speed, 1)} | self.again()
 
     def again(self) -> dict[str, Any]:
         """Where it took up, or why it began anew; empty where nothing had interrupted it."""
