@@ -55,9 +55,11 @@ def run(task: str, method: str, seed: int, asked: argparse.Namespace) -> None:
     out = asked.work / f"{folder}-{method}-{seed}"
     file = RECIPES[method].relative_to(ROOT)
     words = [sys.executable, "-m", "onnxsqueeze", "run", str(file), "--task", task, "--data-dir", str(asked.data_dir)]
-    words += ["--seed", str(seed), "--out", str(out)]
+    words += ["--seed", str(seed), "--out", str(out), *(["--any-machine"] if asked.any_machine else [])]
     words += [word for override in [*overrides(task, method, rows), *asked.set] for word in ("--set", override)]
-    subprocess.run(words, check=True)
+    subprocess.run([*words, *(["--train-only"] if asked.train_only else [])], check=True)
+    if asked.train_only:
+        return
     kept = asked.out / folder / f"{method}-{seed}"
     kept.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(out / "results.json", kept / "results.json")
@@ -167,6 +169,8 @@ def main() -> None:
     cli.add_argument("--seeds", nargs="+", type=int, default=[0])
     cli.add_argument("--rows", type=int, help="training rows of each stage behind the teacher; 0: all")
     cli.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
+    cli.add_argument("--any-machine", action="store_true", help="as `onnxsqueeze run` has it")
+    cli.add_argument("--train-only", action="store_true", help="as `onnxsqueeze run` has it: no record, no table")
     cli.add_argument("--table-only", action="store_true")
     asked = cli.parse_args()
     if not asked.table_only:
@@ -176,6 +180,8 @@ def main() -> None:
             for seed in asked.seeds:
                 for method in asked.methods:
                     run(task, method, seed, asked)
+    if asked.train_only:
+        return
     parts = ["# Methods, each on the same teacher\n"]
     folders = sorted(path for path in asked.out.iterdir() if path.is_dir())
     parts += [table(folder.name, [file.parent for file in sorted(folder.glob("*/results.json"))]) for folder in folders]

@@ -85,6 +85,8 @@ def _main(
     "  onnxsqueeze run recipes/qdp.yaml --model ./my-bert --dry-run  what would be made, and what the store has\n\n"
     "  onnxsqueeze run recipes/qdp.yaml --set stages.distill.layers=4 --out runs/four\n\n"
     "  onnxsqueeze run r.yaml --python openvino=ov/bin/python    onnxruntime-openvino, from its own environment\n\n"
+    "  onnxsqueeze run r.yaml --any-machine --train-only         on a machine with a GPU; then copy its store's artifacts/, and here\n\n"
+    "  onnxsqueeze run r.yaml --any-machine                      takes what was trained there, exports, quantizes and measures\n\n"
     "A run that was killed goes on where it was: give the same command again."
 )
 def run(
@@ -123,6 +125,13 @@ def run(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be made and stop")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the store has measurements of")] = False,
+    any_machine: Annotated[
+        bool,
+        typer.Option(
+            "--any-machine", help="Take PyTorch stages from the store whichever machine and library versions made them; recorded with each"
+        ),
+    ] = False,
+    train_only: Annotated[bool, typer.Option("--train-only", help="Make the PyTorch stages, leave them in the store, and stop")] = False,
     require: Annotated[
         list[str] | None,
         typer.Option(
@@ -144,7 +153,17 @@ def run(
 
     backends = config.load(python or ())
     request = prepare.Request(
-        recipe, task, model, data_dir, tuple(set_ or ()), out, seed, fresh=fresh, require=tuple(require or ()), backends=backends
+        recipe,
+        task,
+        model,
+        data_dir,
+        tuple(set_ or ()),
+        out,
+        seed,
+        fresh=fresh,
+        any_machine=any_machine,
+        require=tuple(require or ()),
+        backends=backends,
     )
     prepared = prepare.prepare(request)
     with Watcher() as watcher:
@@ -153,6 +172,10 @@ def run(
             _print_plan(prepared, store)
             return
         try:
+            if train_only:
+                keys = pipeline.train(prepared, store, watcher)
+                watcher.say("in the store, below artifacts/: " + ", ".join(keys))
+                return
             outcome = pipeline.run(prepared, store, watcher)
         except KeyboardInterrupt:
             watcher.end("interrupted: finished stages and epochs are in the store; the same command goes on from there")

@@ -69,6 +69,19 @@ def run(prepared: Prepared, store: Store, watcher: Watcher) -> Outcome:
         return _measure(prepared, store, watcher, maker, made)
 
 
+def train(prepared: Prepared, store: Store, watcher: Watcher) -> tuple[str, ...]:
+    """Make every PyTorch stage of every chain, and nothing behind it; their keys in the store, in the order of the chains.
+
+    Raises what the first stage that fails raises.
+    """
+    maker = _Maker(prepared, store, watcher)
+    for branch in prepared.plan.branches:
+        for step in branch.steps:
+            if step.format == "checkpoint":
+                maker.make(step)
+    return tuple(maker.done)
+
+
 @dataclass
 class _Maker:
     """Makes steps through the store, each once a run."""

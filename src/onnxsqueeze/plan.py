@@ -73,10 +73,13 @@ class Plan:
     baselines: Mapping[str, str]
 
 
-def make_plan(loaded: LoadedRecipe, start: Start, task: Task, seed: int, threads: int) -> Plan:
-    """Put every stage in its place. Raises RecipeError where the recipe does not fit the model."""
+def make_plan(loaded: LoadedRecipe, start: Start, task: Task, seed: int, threads: int, *, any_machine: bool = False) -> Plan:
+    """Put every stage in its place. With ``any_machine`` a PyTorch stage's key leaves out who made it: the machine and the versions of the tools.
+
+    Raises RecipeError where the recipe does not fit the model.
+    """
     recipe = loaded.recipe
-    planner = _Planner(loaded, start, task, seed, threads)
+    planner = _Planner(loaded, start, task, seed, threads, any_machine=any_machine)
     shared = planner.chain((), recipe.stages, ("stages",))
     targets: list[tuple[Target, bool]] = [(target, False) for target in recipe.targets]
     baselines = {backends.get(t.backend).name: t.name for t in recipe.targets if t.baseline}
@@ -101,8 +104,8 @@ def make_plan(loaded: LoadedRecipe, start: Start, task: Task, seed: int, threads
 
 
 class _Planner:
-    def __init__(self, loaded: LoadedRecipe, start: Start, task: Task, seed: int, threads: int) -> None:
-        self.loaded, self.start, self.seed = loaded, start, seed
+    def __init__(self, loaded: LoadedRecipe, start: Start, task: Task, seed: int, threads: int, *, any_machine: bool) -> None:
+        self.loaded, self.start, self.seed, self.any_machine = loaded, start, seed, any_machine
         self.embeds = task.info.embeds
         self.trained = self.embeds or has_trained_head(start.artifact.path)
         self.faults: list[Fault] = []
@@ -160,8 +163,11 @@ class _Planner:
             # a setting that says nothing is no cause: a new one, None by default, leaves older results valid
             "settings": stage.model_dump(mode="json", exclude={"id", "teacher", *stage.text_files, *stage.models}, exclude_none=True),
             "parent": parent_key,
-            "tools": {name: _version(name) for name in stage.tools},
         }
+        if not (self.any_machine and stage.gives == "checkpoint"):
+            causes["tools"] = {name: _version(name) for name in stage.tools}
+            if stage.machine_bound():
+                causes["machine"] = self._machine
         if has_teacher:
             causes["teacher"] = teacher.key if teacher else self.start.artifact.key
         if stage.uses_data:
@@ -172,8 +178,6 @@ class _Planner:
             causes["files"] = files
         if others:
             causes["models"] = others
-        if stage.machine_bound():
-            causes["machine"] = self._machine
         if stage.timed():
             causes["call"] = asdict(self.loaded.recipe.measure.call)
         return Step(stage, key_of(causes), parent, teacher, has_teacher, causes)

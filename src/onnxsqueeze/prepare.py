@@ -36,6 +36,7 @@ class Request:
     out: Path | None = None
     seed: int | None = None
     fresh: bool = False
+    any_machine: bool = False
     require: Sequence[str] = ()
     backends: Backends = HERE
 
@@ -76,7 +77,7 @@ def prepare(request: Request) -> Prepared:
     ):
         task = task.in_order_of(id2label(start.artifact.path))
     threads = threads_to_use()
-    plan = make_plan(loaded, start, task, seed, threads)
+    plan = make_plan(loaded, start, task, seed, threads, any_machine=request.any_machine)
     planned = sorted({branch.backend for branch in plan.branches})
     for name in request.require:
         if backends.get(name).name not in planned:
@@ -149,7 +150,7 @@ def command_of(request: Request) -> str:
         words += ["--set", without_paths(override)]
     for backend, python in sorted(request.backends.pythons.items()):
         words += ["--python", f"{backend}={_nameless(Path(python))}"]
-    return shlex.join([*words, *(["--fresh"] if request.fresh else [])])
+    return shlex.join([*words, *(["--any-machine"] if request.any_machine else []), *(["--fresh"] if request.fresh else [])])
 
 
 def _nameless(path: Path) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from onnxsqueeze.environment import processors
 from onnxsqueeze.errors import MeasureError, StageError
 from onnxsqueeze.nn.batches import Examples, by_length, epoch_order
 from onnxsqueeze.nn.family import Family, embedding_weights
@@ -70,7 +71,8 @@ class Outcome:
         """For the record."""
         speed = self.rows * len(self.history) / sum(epoch["seconds"] for epoch in self.history)
         found = {"history": list(self.history), "best_epoch": self.best_epoch, "precision": self.precision, "device": self.device}
-        return found | {"trained_rows": self.rows, "rows_per_second": round(speed, 1)} | self.again()
+        made_on = {**processors(), "torch": str(torch.__version__)}
+        return found | {"trained_rows": self.rows, "rows_per_second": round(speed, 1), "made_on": made_on} | self.again()
 
     def again(self) -> dict[str, Any]:
         """Where it took up, or why it began anew; empty where nothing had interrupted it."""
@@ -153,6 +155,8 @@ def train(
     if settings.freeze_embeddings:
         for name in embedding_weights(model, family):
             model.get_parameter(name).requires_grad = False
+    if settings.compiled:
+        model.compile(dynamic=True)
     optimizer = torch.optim.AdamW(_parameter_groups(model, companion, settings.weight_decay), lr=settings.learning_rate, fused=True)
     per_epoch = math.ceil(len(examples) / settings.batch_size)
     total = per_epoch * settings.epochs
