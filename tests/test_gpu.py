@@ -35,7 +35,7 @@ CHAINS: dict[str, tuple[tuple[Stage, ...], float]] = {
     "fp16": ((Float16(),), 0.02),
     "w8": ((QuantizeWeights(bits=8), Float16()), 0.05),
     "w4": ((QuantizeWeights(bits=4), Float16()), 0.5),
-    "qdq-ort": ((QuantizeStatic(),), 0.3),
+    "qdq-ort": ((QuantizeStatic(quantize_bias=False, op_types=("MatMul", "Gather")),), 0.3),
     "qdq-inc": ((QuantizeInc(approach="static", format="qdq"),), 0.3),
 }
 

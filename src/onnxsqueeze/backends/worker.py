@@ -58,7 +58,7 @@ _WHEELS_BY_VENDORS = (
 _SHAPE_OPERATORS = frozenset(
     {"Shape", "Size", "Gather", "Concat", "Unsqueeze", "Squeeze", "Slice", "Cast", "Add", "Sub", "Mul", "Div", "Mod", "Neg", "Min", "Max"}
     | {"Equal", "Not", "And", "Or", "Less", "Greater", "Where", "Range", "Expand", "Reshape", "Tile", "ConstantOfShape", "Constant"}
-    | {"Identity", "ReduceProd", "ReduceMax", "ReduceMin"}
+    | {"Identity", "ReduceProd", "ReduceMax", "ReduceMin", "Sqrt"}
 )
 
 

@@ -36,7 +36,9 @@ class TrainingSettings(Stage):
         default=False,
         description="Leave the tables of words, positions and token types as they are: faster, and unseen words keep their place",
     )
-    compiled: bool | None = Field(None, description="Compile the model's steps with torch.compile: minutes at first, then faster steps on a GPU")
+    compiled: bool | None = Field(
+        None, description="Compile the model's steps with torch.compile: minutes at first, then faster steps on a GPU"
+    )
     precision: Precision = Field("auto", description="auto: bf16 where the CPU or GPU multiplies it natively, else fp32")
 
     def machine_bound(self) -> bool:

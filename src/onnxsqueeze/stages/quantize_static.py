@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from onnxsqueeze import graph
 from onnxsqueeze.artifact import MODEL_FILE, Artifact, copy_side_files
@@ -17,6 +17,7 @@ from onnxsqueeze.stages.int8 import OpType, ReduceRange, count, depends_on_machi
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx
     from numpy.typing import NDArray
 
 _PRODUCTS = ("MatMul", "Gemm")
@@ -40,6 +41,16 @@ class QuantizeStatic(Stage):
         "auto", description='7-bit weights; "auto": only where this CPU has no VNNI and 8 bits would saturate'
     )
     op_types: tuple[OpType, ...] = Field(("MatMul", "Gemm", "Gather"), min_length=1, description="Operators whose weights are quantized")
+    quantize_bias: bool = Field(
+        default=True,
+        description="False: biases stay float32, also when ONNX Runtime loads the file; for CUDA, which has no kernel for int32 ones. Leaves Gemm out",
+    )
+
+    @model_validator(mode="after")
+    def _gemm_has_a_bias(self) -> Self:
+        if not self.quantize_bias and "Gemm" in self.op_types:
+            raise ValueError("quantize_bias: false needs op_types without Gemm: its bias is part of the product")
+        return self
 
     def machine_bound(self) -> bool:
         """True where "auto" chose 7 bits for this CPU."""
@@ -70,10 +81,37 @@ class QuantizeStatic(Stage):
                 ],
                 extra_options={"WeightSymmetric": True, "OpTypesToExcludeOutputQuantization": list(_PRODUCTS)},
             )
-            written = graph.save(graph.load(rough), out)
+            quantized = graph.load(rough)
+            if not self.quantize_bias:
+                _keep_biases_apart(quantized)
+            written = graph.save(quantized, out)
         copy_side_files(parent.path, out)
         details = {"seven_bits": seven_bits(self.reduce_range), "calibration_rows": reader.rows}
         return count(self, self.op_types, parent.onnx, written, details)
+
+
+def _keep_biases_apart(model: onnx.ModelProto) -> None:
+    """Give each vector that is added to a product the shape [1, 1, N].
+
+    ONNX Runtime makes one Gemm of a MatMul and an Add of [N], and int32 of a quantized Gemm's bias: its MatMulAddFusion and WeightBiasQuantization.
+    """
+    import onnx
+
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    products = {node.output[0] for node in model.graph.node if node.op_type == "MatMul"}
+    for node in model.graph.node:
+        bias = next((constants[name] for name in node.input if name in constants and len(constants[name].dims) == 1), None)
+        if node.op_type != "Add" or bias is None or products.isdisjoint(node.input):
+            continue
+        apart = f"{bias.name}_apart"
+        if apart not in constants:
+            constants[apart] = onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias)[None, None], apart)
+            model.graph.initializer.append(constants[apart])
+        node.input[:] = [apart if name == bias.name else name for name in node.input]
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
 
 
 class _Reader:
