@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 
 from models import random_checkpoint
 from onnxsqueeze import pipeline, prepare
@@ -30,7 +31,7 @@ from onnxsqueeze.store import Store
 from onnxsqueeze.tasks.open import open_task
 from onnxsqueeze.tasks.settings import TaskSettings
 from onnxsqueeze.tokens import Encoder, pad
-from runs import RECIPES, SMALL, Silent, run, small
+from runs import RECIPES, SMALL, Silent, command, run, small
 
 WHOLE = (*small("qdp"), "measure.task_lengths=true", "measure.profile=true")
 
@@ -462,3 +463,30 @@ def test_the_recorded_command_names_no_folder_of_this_machine(place: Path, tmp_p
     )
     words = prepare.command_of(request)
     assert words == "onnxsqueeze run bare.yaml --model model --data-dir " + tmp_path.name + " --set model=model"
+
+
+def test_what_one_machine_trained_another_one_exports_and_measures(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = [word for override in small("d") for word in ("--set", override)]
+    there = command(
+        *("run", RECIPES / "d.yaml", "--model", place / "model", "--any-machine", "--train-only", "--out", tmp_path / "there", *sets),
+        cwd=tmp_path,
+        env={"ONNXSQUEEZE_STORE": str(tmp_path / "store")},
+    )
+    assert there.returncode == 0, there.stderr
+    assert not (tmp_path / "there").exists(), "nothing was measured"
+    entries = [json.loads(file.read_text(encoding="utf-8")) for file in (tmp_path / "store" / "artifacts").glob("*/entry.json")]
+    assert {entry["format"] for entry in entries} == {"checkpoint"}
+    assert len(entries) == 2
+    assert all("tools" not in entry["causes"] and "machine" not in entry["causes"] for entry in entries)
+
+    monkeypatch.setattr("onnxsqueeze.environment.processors", lambda: {"cpu": "another one", "instruction_set": "another one"})
+    monkeypatch.setattr("onnxsqueeze.plan._version", lambda _: "another one")
+    here, lines = run("d", tmp_path / "here", model=place / "model", store=tmp_path / "store", overrides=small("d"), any_machine=True)
+    assert [line.split(" (")[0] for line in lines if "in the store" in line] == ["finetune: in the store", "distill: in the store"]
+    assert "--any-machine" in here.results.command
+    made_on = here.results.stages[0].changed["details"]["made_on"]
+    assert made_on["torch"] == torch.__version__
+    assert made_on["cpu"] != "another one"
+
+    here, lines = run("d", tmp_path / "here", model=place / "model", store=tmp_path / "store", overrides=small("d"))
+    assert not [line for line in lines if line.startswith(("finetune: in", "distill: in"))], "unasked, each machine trains its own"

@@ -93,3 +93,26 @@ def test_no_samples_and_unknown_operators_are_refused_before_anything_runs() -> 
         stage(samples=0)
     with pytest.raises(ValidationError):
         stage(op_types=["Softmax"])
+
+
+def test_biases_stay_float_where_a_backend_has_no_kernel_for_others(tmp_path: Path) -> None:
+    import onnx
+    import onnxruntime as ort
+
+    parent, context = export(tmp_path, "bert")
+    whole, _ = build(stage(), parent, tmp_path / "whole", context)
+    apart, _ = build(stage(quantize_bias=False, op_types=["MatMul", "Gather"]), parent, tmp_path / "apart", context)
+    loaded = {}
+    for name, artifact in (("whole", whole), ("apart", apart)):
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(tmp_path / f"{name}.onnx")
+        ort.InferenceSession(str(artifact.onnx), options, providers=["CPUExecutionProvider"])
+        model = onnx.load(tmp_path / f"{name}.onnx")
+        int32 = {tensor.name for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT32}
+        loaded[name] = sum(node.op_type == "DequantizeLinear" and node.input[0] in int32 for node in model.graph.node)
+    assert loaded["whole"] > 12, "the session makes int32 of biases: what this setting is for"
+    assert loaded["apart"] == 0
+    assert distance(parent, apart, context) < 0.1
+    with pytest.raises(ValidationError, match="op_types without Gemm"):
+        stage(quantize_bias=False)
