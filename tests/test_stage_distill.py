@@ -265,3 +265,22 @@ def test_a_model_of_another_kind_is_taught_in_place_of_the_parents_layers_and_br
 def test_a_student_of_its_own_keeps_its_layers(also: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match=f"`student` and `{next(iter(also))}` exclude each other"):
         Distill(student="minilm", **also)
+
+
+@pytest.mark.full
+def test_compiled_steps_learn_the_same_and_leave_nothing_of_themselves_behind(tmp_path: Path) -> None:
+    teacher = random_checkpoint(tmp_path / "teacher", "bert")
+    settings = {"layers": 1, "epochs": 2, "batch_size": 16, "precision": "fp32"}
+    plain, expected = run_stage(Distill(**settings), teacher, tmp_path / "plain", teacher=teacher)
+    compiled, found = run_stage(Distill(**settings, compiled=True), teacher, tmp_path / "compiled", teacher=teacher)
+    assert list(load_file(compiled / "model.safetensors")) == list(load_file(plain / "model.safetensors"))
+    # compiled dropout draws other numbers
+    assert [e["loss"] for e in found.details["history"]] == pytest.approx([e["loss"] for e in expected.details["history"]], rel=0.1)
+
+
+def test_steps_that_cannot_be_compiled_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = random_checkpoint(tmp_path / "teacher", "bert")
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with pytest.raises(StageError, match=r"distill: compiled: torch.compile found no C\+\+ compiler") as failure:
+        run_stage(Distill(layers=1, epochs=1, compiled=True), teacher, tmp_path, teacher=teacher)
+    assert failure.value.remedy == "install g++, or leave `compiled` out"

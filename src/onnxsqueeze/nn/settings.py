@@ -37,13 +37,14 @@ class TrainingSettings(Stage):
         description="Leave the tables of words, positions and token types as they are: faster, and unseen words keep their place",
     )
     compiled: bool | None = Field(
-        None, description="Compile the model's steps with torch.compile: minutes at first, then faster steps on a GPU"
+        None,
+        description="Compile the model with torch.compile: takes a minute or two, and pays in long trainings; on CPUs it needs a C++ compiler",
     )
     precision: Precision = Field("auto", description="auto: bf16 where the CPU or GPU multiplies it natively, else fp32")
 
     def machine_bound(self) -> bool:
         """True where the trained bytes depend on the CPU or GPU model."""
-        return machine_bound(self.precision)
+        return bool(self.compiled) or machine_bound(self.precision)
 
     def reads(self, train: SplitRows, seed: int) -> SplitRows:
         """At most ``train_rows`` of them, in their order."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import shutil
 import time
 import zipfile
 import zlib
@@ -145,7 +146,7 @@ def train(
     ``scored`` scores an epoch where the model's own logits on the selection rows do not say all.
     Resumes at the last finished epoch found in ``context.checkpoint``; a saved state that cannot be read is deleted and training starts anew.
 
-    Raises StageError when the loss is no longer finite, or when no epoch that may be kept has a score.
+    Raises StageError when the loss is no longer finite, when no epoch that may be kept has a score, or when there is no compiler for ``compiled``.
     """
     torch.set_num_threads(context.threads)
     format_ = effective_precision(settings.precision)
@@ -156,7 +157,7 @@ def train(
         for name in embedding_weights(model, family):
             model.get_parameter(name).requires_grad = False
     if settings.compiled:
-        model.compile(dynamic=True)
+        _compile(model, settings)
     optimizer = torch.optim.AdamW(_parameter_groups(model, companion, settings.weight_decay), lr=settings.learning_rate, fused=True)
     per_epoch = math.ceil(len(examples) / settings.batch_size)
     total = per_epoch * settings.epochs
@@ -222,9 +223,17 @@ def train(
             " the logits, or the metric, are not finite",
             remedy="lower learning_rate, raise warmup, or set precision: fp32",
         )
+    model._compiled_call_impl = None  # torch has no public way back
     model.load_state_dict(state.best)
     model.to("cpu").eval()
     return Outcome(tuple(state.history), state.best_epoch, format_, device().type, resumed_at, restarted, len(examples))
+
+
+def _compile(model: nn.Module, settings: TrainingSettings) -> None:
+    """Let calls of ``model`` run as compiled code, for batches of any shape. Raises StageError where there is no compiler for it."""
+    if device().type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name):
+        raise StageError(f"{settings.name}: compiled: torch.compile found no C++ compiler", remedy="install g++, or leave `compiled` out")
+    model.compile(dynamic=True)
 
 
 def rate(step: int, total: int, warmup: float) -> float:
