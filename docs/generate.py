@@ -23,6 +23,7 @@ from onnxsqueeze.recipe import Gates, Recipe, Target, json_schema
 from onnxsqueeze.report.details import ONE_PROCESS
 from onnxsqueeze.report.terminal import print_summary
 from onnxsqueeze.results import Results, read_results
+from onnxsqueeze.results import Target as Row
 from onnxsqueeze.stage import Stage
 from onnxsqueeze.stages import AnyStage
 from onnxsqueeze.tasks.settings import TaskSettings
@@ -31,6 +32,9 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 _SHOWN = ROOT / "reports" / "qdp-sst2"  # the measured table of the README's first screen
 _FIRST = ROOT / "reports" / "qdp-toy"  # the record of `make run`
+_METHODS = ROOT / "reports" / "methods" / "sst2-all-rows"
+# Of each recipe there the target that the README shows, behind the two of the teacher.
+_BEST = {"prune-structure-0": "prune-structure-fp32", "early-exit-0": "early-exit-int8", "fastest-0": "fastest", "smallest-0": "smallest"}
 _PEERS = ROOT / "reports" / "backends" / "peers.json"
 _MADE = "<!-- made by docs/generate.py (`make docs`); do not edit -->\n\n"
 
@@ -48,7 +52,7 @@ def pages() -> dict[str, str]:
 
 def _readme(text: str) -> str:
     """README.md with its measured parts drawn from the published records again."""
-    for name, part in (("table", _measured()), ("output", _output()), ("peers", _peers())):
+    for name, part in (("table", _measured()), ("output", _output()), ("methods", _methods()), ("peers", _peers())):
         begin, end = f"<!-- {name}: made by docs/generate.py from reports/ -->\n", f"<!-- end of {name} -->\n"
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)
@@ -59,27 +63,49 @@ def _readme(text: str) -> str:
 def _measured() -> str:
     """The CPU targets of one record as a Markdown table, with the command that made it."""
     results = read_results(_SHOWN)
-    primary, split = results.task.primary, results.task.splits[0]
-    head = f"{results.model.split('/')[-1]} on {split.source} ({split.n} rows), {results.environment.cpu} ({results.environment.instruction_set}), batch 1, 128 tokens, 1 thread ([the whole report](reports/qdp-sst2/report.md)):\n\n"
     lines = [
-        f"| target | MB | smaller | p50 | faster (95 %) | {primary}, % | change, points (95 %) |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        _head(results),
+        "| --- " * 7 + "|",
+        *(_row(results, target) for target in results.targets if target.backend == "cpu" and target.latency),
     ]
-    for target in results.targets:
-        if target.backend != "cpu" or target.latency is None or target.size_bytes is None:
-            continue
-        versus, value = target.vs_baseline, target.metrics[split.name][primary].value
-        cells = [target.name, f"{target.size_bytes / 1e6:.1f}"]
-        if versus and versus.speedup and versus.speedup_ci95:
-            delta = versus.metrics[split.name][primary]
-            low, high = versus.speedup_ci95
-            cells += [f"{versus.size_ratio:.2f}×", f"{target.latency.p50_ms:.1f} ms", f"{versus.speedup:.2f}× ({low:.2f}–{high:.2f})"]
-            cells += [f"{100 * value:.1f}", f"{100 * delta.delta:+.1f} ({100 * delta.ci95[0]:+.1f} to {100 * delta.ci95[1]:+.1f})"]
-        else:
-            cells += ["–", f"{target.latency.p50_ms:.1f} ms", "–", f"{100 * value:.1f}", "–"]
-        lines.append("| " + " | ".join(cells) + " |")
     notes = [f"\n{ONE_PROCESS}\n"] if any(t.latency and t.latency.processes == 1 for t in results.targets) else []
-    return head + "\n".join([*lines, *notes]) + "\n\n"
+    return f"{_where(results)} ([the whole report](reports/qdp-sst2/report.md)):\n\n" + "\n".join([*lines, *notes]) + "\n\n"
+
+
+def _where(results: Results) -> str:
+    split, environment = results.task.splits[0], results.environment
+    return f"{results.model.split('/')[-1]} on {split.source} ({split.n} rows), {environment.cpu} ({environment.instruction_set}), batch 1, 128 tokens, 1 thread"
+
+
+def _head(results: Results, more: str = "") -> str:
+    return f"| target | MB | smaller | p50 | faster (95 %) |{more} {results.task.primary}, % | change, points (95 %) |"
+
+
+def _row(results: Results, target: Row, *more: str) -> str:
+    """One target's line below `_head`; ``more`` are the cells in front of the metric."""
+    assert target.latency is not None  # noqa: S101  # it was measured
+    primary, split, versus = results.task.primary, results.task.splits[0].name, target.vs_baseline
+    p50, value = f"{target.latency.p50_ms:.1f} ms", f"{100 * target.metrics[split][primary].value:.1f}"
+    cells = [target.name, f"{(target.size_bytes or 0) / 1e6:.1f}"]
+    if versus and versus.speedup and versus.speedup_ci95:
+        delta, (low, high) = versus.metrics[split][primary], versus.speedup_ci95
+        change = f"{100 * delta.delta:+.1f} ({100 * delta.ci95[0]:+.1f} to {100 * delta.ci95[1]:+.1f})"
+        cells += [f"{versus.size_ratio:.2f}×", p50, f"{versus.speedup:.2f}× ({low:.2f}–{high:.2f})", *more, value, change]
+    else:
+        cells += ["–", p50, "–", *more, value, "–"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _methods() -> str:
+    """What single methods and combined ones make of one teacher, trained on all rows."""
+    first = read_results(_METHODS / next(iter(_BEST)))
+    lines = [_head(first, " mean at real lengths |"), "| --- " * 8 + "|"]
+    shown = [(first, "fp32"), *((read_results(_METHODS / folder), name) for folder, name in _BEST.items())]
+    for results, name in shown:
+        target = next(target for target in results.targets if target.name == name)
+        own = next(latency for latency in target.latencies if latency.lengths == "task")
+        lines.append(_row(results, target, f"{own.mean_ms:.2f} ms"))
+    return f"{_where(first)}:\n\n" + "\n".join(lines) + "\n\n"
 
 
 def _peers() -> str:
