@@ -50,7 +50,7 @@ def small(recipe: str) -> tuple[str, ...]:
     if "d" in recipe:
         extra += ["stages.distill.epochs=1", "stages.distill.layers=1"]
     if "p" in recipe:
-        extra += ["stages.prune-weights.epochs=1"]
+        extra += ["stages.prune-structure.epochs=1", "stages.prune-structure.multiple_of=8"]
     return (*SMALL, *extra)
 
 

@@ -45,9 +45,9 @@ def complain(done: subprocess.CompletedProcess[str], code: int, *words: str) -> 
 
 def test_a_recipe_with_typos_and_wrong_types(tmp_path: Path) -> None:
     recipe = tmp_path / "a.yaml"
-    recipe.write_text((RECIPES / "qdp.yaml").read_text().replace("sparsity: 0.5", "sparsety: 0.5").replace("layers: 4", "layers: [a]"))
+    recipe.write_text((RECIPES / "qdp.yaml").read_text().replace("share: 0.6", "shere: 0.6").replace("layers: 4", "layers: [a]"))
     for words in (("run", "a.yaml"), ("check", "a.yaml")):
-        complain(command(*words, cwd=tmp_path), 2, "a.yaml:", "unknown key 'sparsety'; did you mean 'sparsity'?", "got 'a'")
+        complain(command(*words, cwd=tmp_path), 2, "a.yaml:", "unknown key 'shere'; did you mean 'share'?", "got 'a'")
 
 
 def test_a_missing_recipe(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_check_names_the_stages_and_targets(tmp_path: Path) -> None:
     done = command("check", RECIPES / "qdp.yaml", cwd=tmp_path)
     assert done.returncode == 0
     assert (
-        "fine: finetune → distill → prune-weights; 8 targets: fp32, int8-ort, int8-inc, qdp-ort, qdp-inc, cuda-fp32, cuda-fp16, cuda-w8"
+        "fine: finetune → distill → prune-structure; 8 targets: fp32, int8-ort, int8-inc, qdp-ort, qdp-inc, cuda-fp32, cuda-fp16, cuda-w8"
         in done.stdout
     )
 
