@@ -269,8 +269,8 @@ def _from_pydantic(error: Any, document: Document) -> Fault:
             here = None
         if isinstance(part, int):
             model = Target if "targets" in real and "stages" not in real else None
-        elif part in ("measure", "gates", "task"):
-            model = {"measure": MeasureSettings, "gates": Gates, "task": TaskSettings}[part]
+        elif model is not None and part in model.model_fields:
+            model = _mapping_of(model.model_fields[part].annotation)
     kind, got = error["type"], error.get("input")
     if kind == "extra_forbidden":
         last = str(loc[-1])
@@ -289,6 +289,12 @@ def _from_pydantic(error: Any, document: Document) -> Fault:
     else:
         message = f"{_lower(error['msg'])}, got {_brief(got)}"
     return document.fault(tuple(real), message, shown=tuple(shown))
+
+
+def _mapping_of(annotation: Any) -> type[BaseModel] | None:
+    """The settings that a field holds as a mapping of its own (a stage's `budget`, the recipe's `measure`), or None."""
+    types = (annotation, *get_args(annotation))
+    return next((one for one in types if isinstance(one, type) and issubclass(one, BaseModel)), None)
 
 
 def _lower(message: str) -> str:
