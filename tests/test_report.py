@@ -14,6 +14,7 @@ from rich.console import Console
 
 from onnxsqueeze.errors import StoreError
 from onnxsqueeze.report.details import ONE_PROCESS, run_grids
+from onnxsqueeze.report.html import html
 from onnxsqueeze.report.markdown import markdown
 from onnxsqueeze.report.summary import Row, tables, useless_zeros
 from onnxsqueeze.report.terminal import print_summary
@@ -306,3 +307,11 @@ def test_a_record_of_one_process_says_what_its_intervals_lack() -> None:
     old = only(target, latency=target.latency.model_copy(update={"processes": 1}))
     assert ONE_PROCESS in markdown([old])
     assert ONE_PROCESS not in markdown([qdp_results()])
+
+
+def test_a_report_names_the_gpu_beside_the_cpu() -> None:
+    record = qdp_results()
+    there = record.model_copy(update={"environment": record.environment.model_copy(update={"accelerator": "NVIDIA H100"})})
+    assert f" on {record.environment.cpu}, {record.date}." in markdown([record])
+    for text in (markdown([there]), html([there])):
+        assert f" on NVIDIA H100 and {record.environment.cpu}, {record.date}." in text.replace("\\", "")

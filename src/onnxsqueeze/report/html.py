@@ -8,7 +8,7 @@ from pathlib import Path
 from onnxsqueeze.report import chart
 from onnxsqueeze.report.details import caveats, overview, run_grids
 from onnxsqueeze.report.markdown import LEGEND
-from onnxsqueeze.report.summary import run_title, tables
+from onnxsqueeze.report.summary import origin, run_title, tables
 from onnxsqueeze.results import Results
 
 TEMPLATE = "page.html.j2"
@@ -25,6 +25,7 @@ def html(results: Sequence[Results]) -> str:
         {
             "results": run,
             "title": run_title(run),
+            "origin": origin(run),
             "sentences": caveats(run),
             "backends": [{"table": table, "charts": chart.charts(run, table)} for table in tables(run)],
             "grids": run_grids(run),

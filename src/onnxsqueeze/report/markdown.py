@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from onnxsqueeze.report.details import caveats, overview, run_grids
 from onnxsqueeze.report.grid import Column, Grid
-from onnxsqueeze.report.summary import Row, Table, run_title, tables
+from onnxsqueeze.report.summary import Row, Table, origin, run_title, tables
 from onnxsqueeze.results import Results
 
 LEGEND = (
@@ -32,7 +32,7 @@ def markdown(results: Sequence[Results]) -> str:
 def _run(results: Results, level: int) -> list[str]:
     hashes = "#" * level
     lines = [f"{hashes} {_text(run_title(results))}", ""]
-    lines += [f"{_text(results.model)} squeezed by recipe {_text(results.recipe)} on {_text(results.environment.cpu)}, {results.date}.", ""]
+    lines += [_text(origin(results)), ""]
     lines += _code(results.command)
     lines += [*"\n>\n".join(f"> {_text(sentence)}" for sentence in caveats(results)).split("\n"), ""]
     for table in tables(results):

@@ -148,6 +148,13 @@ def run_title(results: Results) -> str:
     return f"{results.recipe} on {results.task.name}, seed {results.seed}"
 
 
+def origin(results: Results) -> str:
+    """What was squeezed by what, on which processors, when."""
+    e = results.environment
+    processors = f"{e.accelerator} and {e.cpu}" if e.accelerator else e.cpu
+    return f"{results.model} squeezed by recipe {results.recipe} on {processors}, {results.date}."
+
+
 def useless_zeros(weights: Sequence[WeightClass]) -> tuple[WeightClass, ...]:
     """The classes with many zeros that take the room of dense weights all the same. Scales and zero points ("other") are no weights."""
     return tuple(
