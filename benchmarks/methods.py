@@ -31,11 +31,11 @@ from onnxsqueeze.stages import Finetune
 
 ROOT = Path(__file__).parent.parent
 SINGLE = {file.stem: file for file in sorted((ROOT / "recipes" / "methods").glob("*.yaml"))}
-RECIPES = SINGLE | {name: ROOT / "recipes" / f"{name}.yaml" for name in ("smallest", "fastest")}
+RECIPES = SINGLE | {name: ROOT / "recipes" / f"{name}.yaml" for name in ("qd", "dp", "qdp", "smallest", "fastest")}
 ROWS = {"sst2": 10_000}
 # What tells a task from the recipes' defaults: on SST-2, whose rows are many and short, large batches, and few epochs for the teacher.
 BATCH = {"sst2": 64}
-TEACHER = {"sst2": ("epochs=2", "freeze_embeddings=true")}
+TEACHER = {"sst2": ("epochs=2", "freeze_embeddings=true"), "mrpc": ("epochs=5",)}
 
 
 def overrides(task: str, method: str, rows: int) -> list[str]:

@@ -213,6 +213,7 @@ def test_methods_combine_into_one_file(recipe: str, qdp: tuple[Outcome, list[str
 
 # What makes a recipe of recipes/methods/ fit a model of two layers.
 METHODS = {
+    "distill": [],
     "distill-small": [],
     "drop-tokens": ["drop-tokens.keep={0: 60}", "drop-tokens.epochs=1"],
     "early-exit": ["early-exit.after=[0]", "early-exit.epochs=1"],
@@ -237,6 +238,12 @@ def test_one_recipe_per_method_ends_in_files_that_are_measured(method: str, qdp:
         overrides += [f"targets.{name}.stages.branch-exits.max_drop_pp=100" for name in ("early-exit-fp32", "early-exit-int8")]
     if method == "distill-small":
         overrides += [f"targets.{name}.stages.distill-small.epochs=1" for name in ("cnn-fp32", "cnn-int8", "bilstm-fp32")]
+    if method == "distill":
+        overrides += [
+            f"targets.{name}.stages.distill.{one}"
+            for name in ("logits-int8", "attention-int8", "together-int8")
+            for one in ("layers=1", "epochs=1")
+        ]
     if method == "prune-weights":
         overrides += [f"targets.{name}.stages.prune-weights.epochs=1" for name in ("magnitude-int8", "movement-int8", "two-of-four-int8")]
     outcome, lines = run(
