@@ -200,6 +200,8 @@ def test_methods_combine_into_one_file(recipe: str, qdp: tuple[Outcome, list[str
     ]
     if recipe == "smallest":
         overrides += ["stages.factorize.vocabulary_rank=8", "stages.factorize.epochs=1"]
+    else:  # tuning is minutes of measuring: test_stage_optimize_graph.py tunes
+        overrides += [f"targets.{name}.stages.optimize-graph.tune=false" for name in ("int8", "fastest")]
     outcome, lines = run(recipe, place / recipe, model=place / "model", store=place / "store", overrides=overrides)
     assert outcome.exit_code == 0, outcome.problems
     assert any(line.startswith("finetune: in the store") for line in lines)
