@@ -24,7 +24,7 @@ run: $(READY) ## Run recipes/qdp.yaml on the embedded model and task
 	$(BIN)/onnxsqueeze run recipes/qdp.yaml
 
 test: $(READY) ## The test suite: six minutes on two cores, a worker on each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full and not gpu" -n 2 --dist loadfile
 
 test-full: $(READY) ## Every recipe, and what needs real GLUE (ONNXSQUEEZE_GLUE_DIR), other environments or a browser
 	$(BIN)/python -m pytest -m full -n 2 --dist loadfile

@@ -240,6 +240,7 @@ def test_a_read_only_output_folder(tmp_path: Path, model: Path, mounted: Path, o
     assert not list((own_store / "artifacts").iterdir()), "nothing was started"
 
 
+@pytest.mark.full
 def test_a_full_disk_below_the_store(tmp_path: Path, model: Path, mounted: Path) -> None:
     (mounted / "ballast").write_bytes(bytes(6_000_000))
     words = ("run", RECIPES / "none.yaml", "--model", model, *sets("none"))
@@ -248,6 +249,7 @@ def test_a_full_disk_below_the_store(tmp_path: Path, model: Path, mounted: Path)
     assert command(*words, cwd=tmp_path, env={"ONNXSQUEEZE_STORE": str(mounted / "store")}).returncode == 0
 
 
+@pytest.mark.full
 def test_a_full_disk_below_the_results(tmp_path: Path, model: Path, mounted: Path) -> None:
     (mounted / "ballast").write_bytes(bytes(6_200_000))
     words = ("run", RECIPES / "none.yaml", "--model", model, *sets("none"), "--out", mounted / "out")

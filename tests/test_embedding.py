@@ -197,6 +197,7 @@ def test_a_task_without_pairs_and_scores_has_nothing_to_compare(task: dict[str, 
             prepare(Request(RECIPES / "embed.yaml", task=task["name"]))
 
 
+@pytest.mark.full
 def test_embed_from_pairs_to_a_verified_file(tmp_path: Path) -> None:
     model = random_checkpoint(tmp_path / "model", "bert", head=False)
     for name, seed, n in (("train", 1, 600), ("dev", 2, 40)):

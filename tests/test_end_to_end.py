@@ -150,6 +150,7 @@ def test_the_record_proves_what_ran(qdp: tuple[Outcome, list[str]]) -> None:
     assert not any("Integer" in one.operator for one in rows["fp32"].proof.operators)
 
 
+@pytest.mark.full
 def test_a_load_is_put_on_every_target_that_asks_for_it(place: Path) -> None:
     overrides = [*small("q"), "measure.load={seconds: 0.2, batch: 8, bound_ms: 50}", "measure.sweep={batch: [1, 4], sequence: [16]}"]
     outcome, _ = run("q", place / "load", model=place / "model", store=place / "store", overrides=overrides)

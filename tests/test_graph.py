@@ -41,6 +41,7 @@ for stage in stages:
 """
 
 
+@pytest.mark.full
 def test_every_stage_writes_the_same_bytes_in_every_process(tmp_path: Path) -> None:
     here = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent / "src")]), "OMP_NUM_THREADS": "1"}
