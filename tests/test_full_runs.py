@@ -10,12 +10,24 @@ from pathlib import Path
 
 import pytest
 
+from onnxsqueeze.recipe import load
 from onnxsqueeze.results import read_results
 from runs import RECIPES, ROOT, SMALL, run
 
 pytestmark = pytest.mark.full
 
-LITTLE = ("task.train_rows=320", "task.max_length=48", "measure={sequence: 32, shapes: [], processes: 2, min_runs: 20, min_seconds: 0}")
+LITTLE = (
+    "task.train_rows=320",
+    "task.max_length=48",
+    "measure={sequence: 32, shapes: [], processes: 2, min_runs: 20, min_seconds: 0, task_lengths: false}",
+)
+
+
+def one_epoch(file: Path) -> list[str]:
+    """Overrides by which every stage of a recipe trains for one epoch."""
+    recipe = load(file).recipe
+    places = [("stages", recipe.stages), *((f"targets.{target.name}.stages", target.stages) for target in recipe.targets)]
+    return [f"{place}.{stage.name}.epochs=1" for place, stages in places for stage in stages if "epochs" in type(stage).model_fields]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_recipe_runs_on_the_real_model(file: Path, place: Path) -> None:
     if "stsb" in file.read_text(encoding="utf-8") and not os.environ.get("ONNXSQUEEZE_GLUE_DIR"):
         pytest.skip("ONNXSQUEEZE_GLUE_DIR does not name GLUE's files")
-    outcome, _ = run(file, place / file.stem, model=Path("minilm"), store=place / "store", overrides=LITTLE)
+    outcome, _ = run(file, place / file.stem, model=Path("minilm"), store=place / "store", overrides=[*LITTLE, *one_epoch(file)])
     assert outcome.exit_code == 0, outcome.problems
     for target in outcome.results.targets:
         assert target.status == "ok" or (target.backend != "cpu" and target.status == "skipped"), target.reason
