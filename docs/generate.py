@@ -33,7 +33,7 @@ ROOT = DOCS.parent
 _SHOWN = ROOT / "reports" / "qdp-sst2"  # the measured table of the README's first screen
 _FIRST = ROOT / "reports" / "qdp-toy"  # the record of `make run`
 _METHODS = ROOT / "reports" / "methods" / "sst2-all-rows"
-# Of each recipe there the target that the README shows, behind the two of the teacher.
+# Of each recipe there the target that the README shows, behind the fp32 teacher.
 _BEST = {"prune-structure-0": "prune-structure-fp32", "early-exit-0": "early-exit-int8", "fastest-0": "fastest", "smallest-0": "smallest"}
 _PEERS = ROOT / "reports" / "backends" / "peers.json"
 _MADE = "<!-- made by docs/generate.py (`make docs`); do not edit -->\n\n"
