@@ -27,7 +27,7 @@ test: $(READY) ## The test suite: six minutes on two cores, a worker on each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full and not gpu" -n 2 --dist loadfile
 
 test-full: $(READY) ## Every recipe, and what needs real GLUE (ONNXSQUEEZE_GLUE_DIR), other environments or a browser
-	$(BIN)/python -m pytest -m full -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m full -n 2 --dist worksteal
 
 test-gpu: $(READY) ## What needs an NVIDIA GPU; ONNXSQUEEZE_GPU_PYTHON names a Python with onnxruntime-gpu where .venv has none
 	$(BIN)/python -m pytest -m gpu

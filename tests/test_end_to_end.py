@@ -248,6 +248,8 @@ def test_one_recipe_per_method_ends_in_files_that_are_measured(method: str, qdp:
             for one in ("layers=1", "epochs=1")
         ]
         overrides += ["targets.together-int8.stages.distill.relation_heads=4"]
+    if method == "train-quantized":
+        overrides.append("targets.train-quantized-static-int8.stages.train-quantized.epochs=1")
     if method == "prune-weights":
         overrides += [f"targets.{name}.stages.prune-weights.epochs=1" for name in ("magnitude-int8", "movement-int8", "two-of-four-int8")]
     outcome, lines = run(

@@ -64,6 +64,7 @@ STAGES: dict[str, TrainingSettings] = {
     "factorize": Factorize(epochs=3, batch_size=16, learning_rate=1e-3, multiple_of=2),
     "share-layers": ShareLayers(epochs=3, batch_size=16, learning_rate=1e-3, distinct=1),
     "train-quantized": TrainQuantized(epochs=3, batch_size=16, learning_rate=1e-3),
+    "train-quantized in fixed ranges": TrainQuantized(epochs=3, batch_size=16, learning_rate=1e-3, activations="static", train_rows=60),
     "train-low-bit": TrainLowBit(epochs=3, batch_size=16, learning_rate=1e-3, renew=3),
     "early-exit": EarlyExit(epochs=3, batch_size=16, learning_rate=1e-3, after=(0,)),
     "drop-tokens": DropTokens(epochs=3, batch_size=16, learning_rate=1e-3, keep={0: 60}),

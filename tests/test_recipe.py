@@ -120,6 +120,21 @@ def test_a_wrong_type_and_a_value_out_of_bounds_say_what_was_found(write) -> Non
             "- kind: distill\n  - kind: finetune",
             "distill learns from a teacher, but finetune stands below it; move finetune above it",
         ),
+        (
+            "stages: [{kind: export}, {kind: quantize-dynamic}]",
+            "stages: [{kind: train-quantized, activations: static}, {kind: export}, {kind: quantize-dynamic}]",
+            "targets[1].stages[0]: train-quantized: activations: static trains for quantize-static, but behind it stands quantize-dynamic",
+        ),
+        (
+            "stages: [{kind: export}, {kind: quantize-dynamic}]",
+            "stages: [{kind: train-quantized}, {kind: export}, {kind: quantize-dynamic, per_channel: false}]",
+            "train-quantized: per_channel is True here and False in 'quantize-dynamic' behind it; training must see the grid of the file",
+        ),
+        (
+            "stages: [{kind: export}, {kind: quantize-dynamic}]",
+            "stages: [{kind: train-quantized, activations: static, per_channel: false}, {kind: export}]",
+            "per_channel: false needs activations: dynamic",
+        ),
         ("name: small", "name: small\n    baseline: true", "backend cpu has the baseline 'fp32' already"),
         ("    after: finetune\n", "", "a baseline is the teacher exported, untouched: `after: finetune`"),
         ("name: x", "name: x\nname: y", "a.yaml:3: name: the key 'name' stands twice; the first is in line 2"),

@@ -56,6 +56,22 @@ def test_activation_ranges_are_the_smallest_and_largest_values_of_the_training_r
     assert stored[f"{name}_zero_point"] == round(-values.min() / (values.max() - values.min()) * 255)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_residuals_are_not_rounded(tmp_path: Path, family: FamilyName) -> None:
+    """What lies behind QuantizeLinear goes into products with weights alone, but for rows of tables, which are on their grid."""
+    parent, context = export(tmp_path, family)
+    small, _ = build(stage(), parent, tmp_path / "int8", context)
+    nodes = list(graph.load(small.onnx).graph.node)
+    maker = {output: node for node in nodes for output in node.output}
+    rounded = {n.output[0]: n for n in nodes if n.op_type == "DequantizeLinear" and n.input[0] in maker}
+    readers = {(node.op_type, maker[rounded[name].input[0]].input[0]) for node in nodes for name in node.input if name in rounded}
+    others = {source for kind, source in readers if kind not in ("MatMul", "Gemm")}
+
+    assert others  # the tables'
+    assert all(maker[source].op_type == "Gather" and "embeddings" in source for source in others)
+    assert sum(kind == "MatMul" for kind, _ in readers) >= 8  # per layer: what query, key and value share, and three more
+
+
 def test_attention_products_stay_in_float(tmp_path: Path) -> None:
     import onnx
 

@@ -19,6 +19,7 @@ from onnxsqueeze.nn.training import predict
 from onnxsqueeze.stages import calibration
 from onnxsqueeze.stages.export import Export
 from onnxsqueeze.stages.quantize_dynamic import QuantizeDynamic
+from onnxsqueeze.stages.quantize_static import QuantizeStatic
 from onnxsqueeze.stages.train_quantized import TrainQuantized
 from onnxsqueeze.tokens import Encoder, pad
 
@@ -50,6 +51,55 @@ def test_the_int8_file_computes_what_training_saw(tmp_path: Path, name: FamilyNa
     assert (got.argmax(1) == seen.argmax(1)).mean() >= 0.995
     # a number on the edge of two codes may fall on the other side in another order of sums, so not to the bit
     assert np.median(np.abs(got - seen)) < 0.05 * np.median(np.abs(in_float - seen))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_file_of_fixed_ranges_computes_what_training_saw(tmp_path: Path, name: FamilyName) -> None:
+    """Also where training drew a part of the rows: ranges are measured among all, as the quantizer does."""
+    parent = random_checkpoint(tmp_path / "parent", name)
+    stage = QUICK.model_copy(update={"activations": "static", "train_rows": 32, "samples": 40})
+    out, _ = run_stage(stage, parent, tmp_path, teacher=parent)
+    exported, _ = run_stage(Export(), out, tmp_path / "onnx", context=toy_context(tmp_path / "onnx"))
+    quantized, changed = run_stage(QuantizeStatic(samples=40), exported, tmp_path / "int8")
+    got, texts = int8_logits(quantized / "model.onnx", 200, seed=5)
+    model, family = checkpoint.load(out, toy_task())
+    examples = encode(out, texts, 32)
+    in_float = predict(model, family, examples)
+    rows = calibration.padded_rows(out, toy_context(tmp_path), 40)
+    with fake.FakeQuantized(model, per_channel=True, bits=7 if changed.details["seven_bits"] else 8, static=True) as rounded:
+        rounded.measure({name: batch[name] for name in family.inputs()} for batch in rows)
+        seen = predict(model, family, examples)
+
+    assert changed.details["calibration_rows"] == 40
+    assert (got.argmax(1) == seen.argmax(1)).mean() >= 0.995
+    assert np.median(np.abs(got - seen)) < 0.05 * np.median(np.abs(in_float - seen))
+
+
+def test_fixed_ranges_are_the_calibrator_s(tmp_path: Path) -> None:
+    """Scale and zero point of each activation in the file are of the ranges that were measured in PyTorch, one for one."""
+    parent = random_checkpoint(tmp_path / "parent", "bert")
+    exported, _ = run_stage(Export(), parent, tmp_path / "onnx", context=toy_context(tmp_path / "onnx"))
+    quantized, _ = run_stage(QuantizeStatic(), exported, tmp_path / "int8")
+    written = onnx.load(quantized / "model.onnx").graph
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in written.initializer}
+    products = {name for node in written.node if node.op_type in ("MatMul", "Gemm") for name in node.input}
+    dequantized = {node.output[0]: node for node in written.node if node.op_type == "DequantizeLinear" and node.output[0] in products}
+    scales = {float(stored[node.input[1]]) for node in dequantized.values() if node.input[0] not in stored}
+    model, family = checkpoint.load(parent, toy_task())
+    with fake.FakeQuantized(model, per_channel=True, bits=8, static=True) as rounded:
+        rounded.measure(
+            {name: batch[name] for name in family.inputs()} for batch in calibration.padded_rows(parent, toy_context(tmp_path), 128)
+        )
+    assert rounded.ranges is not None
+    own = sorted({float(scale) for scale in ((rounded.ranges.high - rounded.ranges.low) / 255)})  # queries, keys and values share theirs
+
+    np.testing.assert_allclose(own, sorted(scales), rtol=1e-5)
+
+
+def test_what_lies_outside_a_fixed_range_gets_its_end() -> None:
+    values = torch.tensor([-9.0, -1.0, 0.0, 0.601, 9.0], requires_grad=True)
+    found = fake.within(values, torch.tensor(-1.0), torch.tensor(2.0))  # steps of 3/255, so 85 of them below 0 and 170 above
+    np.testing.assert_allclose(found.detach(), [-1.0, -1.0, 0.0, 0.6, 2.0], atol=1e-6)
 
 
 def test_weights_fall_on_the_integers_of_the_file(tmp_path: Path) -> None:

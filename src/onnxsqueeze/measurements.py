@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from onnxsqueeze import environment, graph, timing, weights
 from onnxsqueeze.artifact import Artifact
 from onnxsqueeze.backends import Backends
+from onnxsqueeze.entropy import entropy_bytes
 from onnxsqueeze.errors import MeasureError, SqueezeError
 from onnxsqueeze.measure.golden import Golden, answers, sentences
 from onnxsqueeze.measure.latency import Candidate, LatencyResult, measure_latency
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     Logits = Mapping[str, NDArray[np.float32]]  # per split: [rows, outputs]
 
 SAMPLES_FOLDER = "samples"  # below the output folder
-_CONTENT_VERSION = 2  # raise it when the same file is counted otherwise
+_CONTENT_VERSION = 3  # raise it when the same file is counted otherwise
 _PROOF_RUNS, _PROOF_WARMUP = 20, 5
 _LOAD_ROWS = 512  # of the task, in the file's order: enough for its mix of lengths, and quickly sent to a session's process
 
@@ -63,6 +64,7 @@ class Content(BaseModel):
 
     size_bytes: int
     size_gzip_bytes: int
+    size_entropy_bytes: int
     tokenizer_bytes: int | None
     files: tuple[FileRecord, ...]
     weights: tuple[WeightClass, ...]
@@ -101,6 +103,7 @@ class Measurements:
         found = Content(
             size_bytes=size.size_bytes,
             size_gzip_bytes=size.size_gzip_bytes,
+            size_entropy_bytes=entropy_bytes(artifact.onnx),
             tokenizer_bytes=size.tokenizer_bytes,
             files=size.files,
             weights=weights.by_class(artifact.onnx),

@@ -173,6 +173,11 @@ def _check_order(loaded: LoadedRecipe) -> Iterator[Fault]:
             continue
         above, own = chain(recipe, target)
         yield from _check_chain(loaded, above, own, (*place, "stages"), backend, shared=False)
+        whole = (*above, *own)
+        for j, stage in enumerate(whole):
+            clash = stage.clashes(whole[j + 1 :])
+            if clash:
+                yield loaded.fault((*place, "stages", max(j - len(above), 0)), f"{stage.name}: {clash}")
         if own[-1].gives == "checkpoint":
             yield loaded.fault((*place, "stages"), f"ends in PyTorch ({own[-1].kind}); a target is an .onnx file: add {{kind: export}}")
         if target.baseline:

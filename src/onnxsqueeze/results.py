@@ -234,6 +234,9 @@ class Target(_Part):
     model: str | None = Field(None, description="The .onnx, relative to the folder of results.json")
     size_bytes: int | None = None
     size_gzip_bytes: int | None = None
+    size_entropy_bytes: int | None = Field(
+        None, description="The weights by their order-0 entropy: about what a packed file would have, see onnxsqueeze.entropy"
+    )
     tokenizer_bytes: int | None = None
     latency: Latency | None = None
     latencies: tuple[Latency, ...] = ()

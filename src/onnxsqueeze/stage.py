@@ -7,7 +7,7 @@ is the loop's work: `onnxsqueeze.pipeline`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
@@ -147,6 +147,10 @@ class Stage(BaseModel):
 
     def refuses(self, backend: str) -> str | None:  # noqa: ARG002  # for those who override it
         """Why this stage makes no sense for a backend ("cpu", "cuda", …), or None. Checked before anything runs."""
+        return None
+
+    def clashes(self, behind: Sequence[Stage]) -> str | None:  # noqa: ARG002  # for those who override it
+        """Why this stage makes no sense before those ``behind`` it in a target, or None. Checked before anything runs."""
         return None
 
     def misfit(self, config: Mapping[str, Any]) -> str | None:  # noqa: ARG002  # for those who override it

@@ -28,12 +28,20 @@ def feeds(
     One at a time, so that calibration of any size needs the memory of one batch. Yields ``{name: array[batch, tokens]}`` of the
     model's own types, int64 or int32.
     """
-    encoder = Encoder(model.parent, context.task.max_length)
+    types = input_types(model)
+    for padded in padded_rows(model.parent, context, samples, batch, one_length=one_length):
+        yield given(types, padded)
+
+
+def padded_rows(
+    folder: Path, context: Context, samples: int, batch: int = CALIBRATION_BATCH, *, one_length: bool = True
+) -> Iterator[dict[str, NDArray[np.int64]]]:
+    """The same rows by the tokenizer in ``folder``, with every input that a model may have."""
+    encoder = Encoder(folder, context.task.max_length)
     rows = encode(encoder, spread(context.train.rows, samples))
     width = max(len(row) for row in rows) if one_length else None
-    types = input_types(model)
     for start in range(0, len(rows), batch):
-        yield given(types, pad(rows[start : start + batch], encoder.pad_id, width))
+        yield pad(rows[start : start + batch], encoder.pad_id, width)
 
 
 def shapes(folder: Path, context: Context) -> list[dict[str, NDArray[np.int64]]]:
