@@ -35,7 +35,6 @@ RECIPES = SINGLE | {name: ROOT / "recipes" / f"{name}.yaml" for name in ("qd", "
 ROWS = {"sst2": 10_000}
 # What tells a task from the recipes' defaults: on SST-2, whose rows are many and short, large batches, and few epochs for the teacher.
 BATCH = {"sst2": 64}
-TO_BE_PACKED = {"prune-weights", "train-low-bit"}  # zeros and few levels: small only once they are packed
 TEACHER = {"sst2": ("epochs=2", "freeze_embeddings=true"), "mrpc": ("epochs=5",)}
 
 
@@ -75,10 +74,10 @@ def table(title: str, folders: Sequence[Path]) -> str:
     about = (
         f"{split.source} ({split.n} rows), {first.environment.cpu} ({first.environment.instruction_set}); times at batch 1, 1 thread. Trained on: rows and epochs of each"
         " stage behind the teacher. Change: the paired difference from the fp32 teacher, the mean over seeds, with the interval of the first. ÷: the mean time of the"
-        " same run's int8 (the teacher's) by this one's, on the task's rows, each at its own length. To be packed: the order-0 entropy of the weights, where today's file holds zeros or few levels at full width."
+        " same run's int8 (the teacher's) by this one's, on the task's rows, each at its own length. Entropy: the weights by how often each value occurs (order 0), about what packing could reach."
     )
-    head = f"| target | trained on | MB | smaller | p50 128, ms | faster | p50 32, ms | real lengths: mean, ms | int8's ÷ | {primary}, % | change, points (95 %) | each seed |"
-    lines = [f"## {title}", "", about, "", head, "| --- " * 12 + "|"]
+    head = f"| target | trained on | MB | entropy, MB | smaller | p50 128, ms | faster | p50 32, ms | real lengths: mean, ms | int8's ÷ | {primary}, % | change, points (95 %) | each seed |"
+    lines = [f"## {title}", "", about, "", head, "| --- " * 13 + "|"]
     seen: set[str] = set()
     for folder, record in records:
         for target in record.targets:
@@ -102,7 +101,13 @@ def _line(folder: Path, record: Results, target: Target, same: Sequence[Target])
     primary, split = record.task.primary, record.task.splits[0].name
     short = next((x for x in target.latencies if (x.lengths, x.sequence) == ("fixed", 32)), None)
     task, versus = _at_own_lengths(target), target.vs_baseline
-    cells = [target.name, _trained(target), _megabytes(target), f"{versus.size_ratio:.2f}×" if versus else "–"]
+    cells = [
+        target.name,
+        _trained(target),
+        _megabytes(target.size_bytes),
+        _megabytes(target.size_entropy_bytes),
+        f"{versus.size_ratio:.2f}×" if versus else "–",
+    ]
     cells += [_ms(target.latency, target.latency.p50_ms), _ratio(versus.speedup, versus.speedup_ci95) if versus else "–"]
     cells += [
         _ms(short, short.p50_ms) if short else "–",
@@ -121,11 +126,8 @@ def _line(folder: Path, record: Results, target: Target, same: Sequence[Target])
     return "| " + " | ".join(cells) + " |"
 
 
-def _megabytes(target: Target) -> str:
-    """Today's file, and what its weights could be packed to where a method counts on that."""
-    size = f"{(target.size_bytes or 0) / 1e6:.1f}"
-    packs = target.size_entropy_bytes is not None and any(stage.kind in TO_BE_PACKED for stage in target.stages)
-    return f"{size} (to be packed: {(target.size_entropy_bytes or 0) / 1e6:.1f})" if packs else size
+def _megabytes(size: int | None) -> str:
+    return f"{size / 1e6:.1f}" if size is not None else "–"
 
 
 def _ms(latency: Latency, value: float) -> str:

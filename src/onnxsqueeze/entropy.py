@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxsqueeze.graph import graphs, load
+from onnxsqueeze.packing import files as packing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,12 +22,14 @@ def entropy_bytes(path: Path) -> int:
     """Bytes of all initializers of a file, each coded by how often its stored values occur, or as it is where that is less.
 
     The list of values counts. A matrix whose rows or columns have levels of their own (weights of few bits) is coded by their rank among these
-    where that is less. Packed 4-bit weights count by the byte.
+    where that is less. Packed 4-bit weights count by the byte, those of `pack` as what they stand for.
     """
     from onnx import numpy_helper
 
     total = 0.0
-    for graph in graphs(load(path).graph):
+    model = load(path)
+    packing.unpack(model)
+    for graph in graphs(model.graph):
         for tensor in graph.initializer:
             values: NDArray[Any] = numpy_helper.to_array(tensor)
             total += _coded(values) if values.dtype.kind in "fiub" else values.nbytes

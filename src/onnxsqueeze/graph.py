@@ -71,13 +71,13 @@ def strip(model: onnx.ModelProto) -> None:
     used = {name for graph in graphs(model.graph) for node in graph.node for name in node.input}
     used |= {output.name for graph in graphs(model.graph) for output in graph.output}
     domains = {"", *(node.domain for graph in graphs(model.graph) for node in graph.node)}
-    _replace(model.opset_import, [entry for entry in model.opset_import if entry.domain in domains])
+    replace(model.opset_import, [entry for entry in model.opset_import if entry.domain in domains])
     for graph in graphs(model.graph):
         graph.doc_string = ""
         del graph.value_info[:]
         live = [tensor for tensor in graph.initializer if tensor.name in used]
         if len(live) < len(graph.initializer):
-            _replace(graph.initializer, live)
+            replace(graph.initializer, live)
         for item in (*graph.node, *graph.input, *graph.output, *graph.initializer):
             item.doc_string = ""
             del item.metadata_props[:]
@@ -188,10 +188,10 @@ def _read_initializers_directly(model: onnx.ModelProto) -> None:
             else:
                 kept.append(node)
         if len(kept) < len(graph.node):
-            _replace(graph.node, kept)
+            replace(graph.node, kept)
 
 
-def _replace(field: Any, items: Iterable[Any]) -> None:
+def replace(field: Any, items: Iterable[Any]) -> None:
     """Put ``items`` (some or all of the repeated ``field``'s own) in its place."""
     copies = [type(item).FromString(item.SerializeToString()) for item in items]
     del field[:]

@@ -235,6 +235,7 @@ _STATE_WORDS: dict[State, str] = {
     "onnx": "a float32 .onnx",
     "onnx-int": "a quantized .onnx",
     "onnx-fp16": "a float16 .onnx",
+    "onnx-packed": "a packed .onnx",
 }
 
 

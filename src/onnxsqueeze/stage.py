@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # What lies between two stages. "checkpoint": PyTorch; the others are .onnx files: with float32 weights and activations,
-# with some weights or activations in integers, with float16 activations.
-State = Literal["checkpoint", "onnx", "onnx-int", "onnx-fp16"]
+# with some weights or activations in integers, with float16 activations, or any of them with packed weights.
+State = Literal["checkpoint", "onnx", "onnx-int", "onnx-fp16", "onnx-packed"]
 
 
 class Progress(Protocol):

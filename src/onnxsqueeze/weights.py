@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from onnxsqueeze.graph import graphs, load, qualified
+from onnxsqueeze.packing import files as packing
 from onnxsqueeze.results import WeightClass
 
 if TYPE_CHECKING:
@@ -63,14 +64,17 @@ def by_class(path: Path) -> tuple[WeightClass, ...]:
 
     The class comes from the module path of the node that reads it, through nodes that only unpack it (DequantizeLinear, Cast,
     …). Scales, zero points, shapes and axes are "other". Zeros are values that stand for 0.0, so they are counted relative to the zero
-    point. Packed MatMulNBits data counts by the weights it holds, not by its bytes.
+    point. MatMulNBits data counts by the weights it holds. Weights that `pack` wrote are those they stand for, with the bytes they have in the file.
     """
-    index = _Index.of(load(path))
+    model = load(path)
+    packed = packing.stored_bytes(model)
+    packing.unpack(model)
+    index = _Index.of(model)
     totals: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     for name, tensor in index.tensors.items():
         dtype, n, zeros = _content(tensor, index)
         total = totals["other" if dtype in _LENGTHS else _class_of(name, index), dtype]
-        for i, amount in enumerate((n, zeros, _stored_bytes(tensor))):
+        for i, amount in enumerate((n, zeros, packed.get(name, _stored_bytes(tensor)))):
             total[i] += amount
     rows = sorted(totals.items())
     return tuple(WeightClass(class_=class_, dtype=dtype, n=n, zeros=zeros, bytes=size) for (class_, dtype), (n, zeros, size) in rows)

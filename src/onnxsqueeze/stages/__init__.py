@@ -16,6 +16,7 @@ from onnxsqueeze.stages.factorize import Factorize
 from onnxsqueeze.stages.finetune import Finetune
 from onnxsqueeze.stages.float16 import Float16
 from onnxsqueeze.stages.optimize_graph import OptimizeGraph
+from onnxsqueeze.stages.pack import Pack
 from onnxsqueeze.stages.prune_structure import PruneStructure
 from onnxsqueeze.stages.prune_vocabulary import PruneVocabulary
 from onnxsqueeze.stages.prune_weights import PruneWeights
@@ -47,7 +48,8 @@ AnyStage = Annotated[
     | QuantizeInc
     | OptimizeGraph
     | BranchExits
-    | Float16,
+    | Float16
+    | Pack,
     Field(discriminator="kind"),
 ]
 
@@ -63,6 +65,7 @@ __all__ = [
     "Finetune",
     "Float16",
     "OptimizeGraph",
+    "Pack",
     "PruneStructure",
     "PruneVocabulary",
     "PruneWeights",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class TrainLowBit(StatesTaughtSettings):
     """Every weight of the layers ends on one of few values of its row (or matrix); training moves the weights behind them, beside the teacher.
 
-    The file stays as large as it was until something packs it: what it holds is the entropy that the record states. Source: `onnxsqueeze.nn.levels`.
+    The file stays as large as it was until `pack` writes it in few bits; the record states the entropy. Source: `onnxsqueeze.nn.levels`.
     """
 
     kind: Literal["train-low-bit"] = "train-low-bit"

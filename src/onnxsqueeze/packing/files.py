@@ -1,0 +1,203 @@
+"""Packed .onnx models: every initializer that gets smaller is written in few bits, with the operators that rebuild it; and the way back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxsqueeze import graph as graphs
+from onnxsqueeze.packing import coding
+
+Values = NDArray[Any]
+
+OPSET = 18  # BitwiseOr
+_MARK = "packed."  # begins the name of every tensor that only rebuilds weights
+_LEAST_BYTES = 256
+
+
+def pack(model: onnx.ModelProto) -> dict[str, coding.Packed]:
+    """Pack the initializers of ``model`` in place, those in the branches of its `If`s too; how each that got smaller is written, by its name.
+
+    The default opset must be `OPSET` or newer. What is packed already stays.
+    """
+    found: dict[str, coding.Packed] = {}
+    shared = _Shared(model.graph)
+    for graph in graphs.graphs(model.graph):
+        for tensor in [one for one in graph.initializer if not one.name.startswith(_MARK)]:
+            values = numpy_helper.to_array(tensor)
+            packed = coding.pack(values) if values.nbytes >= _LEAST_BYTES and not _is_input(graph, tensor.name) else None
+            if packed is not None:
+                found[tensor.name] = packed
+                graph.initializer.remove(tensor)
+                _Decoder(graph, shared, len(found)).rebuild(packed, tensor.name)
+    shared.write()
+    for graph in graphs.graphs(model.graph):
+        graphs.replace(graph.node, sorted(graph.node, key=lambda node: not _rebuilds(node)))  # decoders first, in their order
+    return found
+
+
+def unpack(model: onnx.ModelProto) -> bool:
+    """Put the packed weights of ``model`` back as initializers, in place: its dense twin. False where nothing was packed."""
+    import onnxruntime as ort
+
+    outer = [_copy(tensor) for tensor in model.graph.initializer if tensor.name.startswith(_MARK)]
+    rebuilt = False
+    for graph in graphs.graphs(model.graph):
+        decoders = [_copy(node) for node in graph.node if _rebuilds(node)]
+        if not decoders:
+            continue
+        rebuilt = True
+        names = [name for node in decoders for name in node.output if not name.startswith(_MARK)]
+        held = {tensor.name: tensor for tensor in (*outer, *graph.initializer) if tensor.name.startswith(_MARK)}
+        outputs = [onnx.ValueInfoProto(name=name) for name in names]
+        part = helper.make_graph(decoders, "weights", [], outputs, initializer=list(held.values()))
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        alone = helper.make_model(part, opset_imports=model.opset_import, ir_version=model.ir_version)
+        session = ort.InferenceSession(alone.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        graphs.replace(graph.node, [node for node in graph.node if not _rebuilds(node)])
+        graphs.replace(graph.initializer, [tensor for tensor in graph.initializer if not tensor.name.startswith(_MARK)])
+        graph.initializer.extend(numpy_helper.from_array(values, name) for name, values in zip(names, session.run(None, {}), strict=True))
+    return rebuilt
+
+
+def stored_bytes(model: onnx.ModelProto) -> dict[str, int]:
+    """Of each packed weight of ``model``, by its name: the bytes of its own data. Tables that all share and the operators are not in it."""
+    sizes: Counter[str] = Counter()
+    numbers: dict[str, str] = {}
+    for graph in graphs.graphs(model.graph):
+        for tensor in graph.initializer:
+            if tensor.name.startswith(_MARK):
+                sizes[tensor.name.removeprefix(_MARK).partition(".")[0]] += len(tensor.raw_data)
+        for node in filter(_rebuilds, graph.node):
+            own = next((name for name in node.input if name.startswith(_MARK) and "." in name.removeprefix(_MARK)), None)
+            if own is not None and not node.output[0].startswith(_MARK):
+                numbers[node.output[0]] = own.removeprefix(_MARK).partition(".")[0]
+    return {name: sizes[number] for name, number in numbers.items()}
+
+
+def _rebuilds(node: onnx.NodeProto) -> bool:
+    return any(name.startswith(_MARK) for name in node.input)
+
+
+def _copy(part: Any) -> Any:
+    return type(part).FromString(part.SerializeToString())
+
+
+def _is_input(graph: onnx.GraphProto, name: str) -> bool:
+    """Whether a caller may give the tensor another value: then it is no constant."""
+    return any(value.name == name for value in graph.input)
+
+
+class _Shared:
+    """Constants that decoders have in common, in the outermost graph, which branches see too."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self._graph = graph
+        self._known: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._made: list[TensorProto] = []
+
+    def name(self, values: Values) -> str:
+        """Of a constant of these values."""
+        key = (str(values.dtype), values.shape, values.tobytes())
+        if key not in self._known:
+            self._known[key] = f"{_MARK}c{len(self._known)}"
+            self._made.append(numpy_helper.from_array(values, self._known[key]))
+        return self._known[key]
+
+    def write(self) -> None:
+        """Add those that were asked for to the graph."""
+        self._graph.initializer.extend(self._made)
+
+
+class _Decoder:
+    """Writes the operators that rebuild one tensor into a graph; their names hold ``number``."""
+
+    def __init__(self, graph: onnx.GraphProto, shared: _Shared, number: int) -> None:
+        self._graph, self._shared, self._number, self._made = graph, shared, number, 0
+
+    def rebuild(self, packed: coding.Packed, name: str) -> None:
+        """End in a tensor of that name."""
+        shape = self._constant(np.array(packed.shape, np.int64))
+        if isinstance(packed, coding.Flat):
+            self._node("Reshape", self._stream(packed.stream), shape, output=name)
+        elif isinstance(packed, coding.Levels):
+            ranks = self._node("Reshape", self._stream(packed.ranks), shape)
+            self._node("GatherElements", self._own(packed.book), ranks, output=name, axis=packed.axis)
+        else:
+            places = self._node("CumSum", self._stream(packed.steps), self._constant(np.array(0, np.int64)))
+            size = self._constant(np.array([int(np.prod(packed.shape))], np.int64))
+            empty = self._node("ConstantOfShape", size, value=numpy_helper.from_array(packed.fill))
+            self._node("Reshape", self._node("ScatterElements", empty, places, self._stream(packed.values)), shape, output=name)
+
+    def _stream(self, stream: coding.Stream) -> str:
+        if isinstance(stream, coding.Raw):
+            return self._own(stream.values)
+        places = ""
+        for turn in reversed(stream.turns):
+            own = self._node("Cast", self._codes(turn.codes, turn.bits), to=TensorProto.INT32)
+            more = places or stream.listed
+            places = self._node("Add", own, self._further(own, 2**turn.bits - 1, places)) if more else own
+        return self._node("Gather", self._own(stream.book), places)
+
+    def _further(self, codes: str, last: int, places: str) -> str:
+        """What ``places`` adds to each code that is the last one, 0 to the others; without ``places``: 1 to the first of them, 2 to the second, ….
+
+        No NonZero: sessions do not fold it.
+        """
+        mask = codes
+        if last > 1:
+            mask = self._node("Cast", self._node("Equal", codes, self._constant(np.array(last, np.int32))), to=TensorProto.INT32)
+        count = self._node("Mul", self._node("CumSum", mask, self._constant(np.array(0, np.int64))), mask)
+        return self._node("Gather", places, count) if places else count
+
+    def _codes(self, codes: NDArray[np.uint8], bits: int) -> str:
+        """``codes[n]`` again, uint8, from planes of one, two or four bits, the highest bits first."""
+        if bits == 8:
+            return self._own(codes)
+        found, above = "", bits
+        for width in coding.PLANES[bits]:
+            above -= width
+            whole = self._plane((codes >> above) & (2**width - 1), width)
+            whole = self._node("BitShift", whole, self._constant(np.array(above, np.uint8)), direction="LEFT") if above else whole
+            found = self._node("BitwiseOr", found, whole) if found else whole
+        return found
+
+    def _plane(self, codes: NDArray[np.uint8], width: int) -> str:
+        """``codes[n]`` of ``width`` bits from bytes that hold several, by a table of all bytes."""
+        each = 8 // width
+        padded = np.concatenate([codes, np.zeros(-len(codes) % each, np.uint8)]).reshape(-1, each)
+        shifts = np.arange(0, 8, width, dtype=np.uint8)
+        packed = np.bitwise_or.reduce(padded << shifts, axis=1).astype(np.uint8)
+        table = (np.arange(256, dtype=np.uint8)[:, None] >> shifts) & np.uint8(2**width - 1)
+        places = self._node("Cast", self._own(packed), to=TensorProto.INT32)
+        whole = self._flat(self._node("Gather", self._constant(table), places))
+        if padded.size == len(codes):
+            return whole
+        ends = self._constant(np.array([len(codes)], np.int64))
+        return self._node("Slice", whole, self._constant(np.array([0], np.int64)), ends)
+
+    def _flat(self, name: str) -> str:
+        return self._node("Reshape", name, self._constant(np.array([-1], np.int64)))
+
+    def _constant(self, values: Values) -> str:
+        return self._shared.name(values)
+
+    def _own(self, values: Values) -> str:
+        name = self._name()
+        self._graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
+        return name
+
+    def _node(self, kind: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
+        made = output or self._name()
+        self._graph.node.append(helper.make_node(kind, inputs, [made], **attributes))
+        return made
+
+    def _name(self) -> str:
+        self._made += 1
+        return f"{_MARK}{self._number}.{self._made}"

@@ -1,0 +1,75 @@
+"""Packed tensors are the tensors, by every coder, and no larger than they say."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from onnxsqueeze.packing import coding, files
+
+
+def tensor(seed: int, shape: tuple[int, ...], dtype: str, kinds: int, zeros: float, spread: float) -> NDArray[np.generic]:
+    """Values of which ``zeros`` are 0, and the others at most ``kinds`` different ones, small ones more often."""
+    rng = np.random.default_rng(seed)
+    codes = np.clip(np.round(rng.standard_normal(shape) * spread), -(kinds // 2), kinds // 2)
+    codes[rng.random(shape) < zeros] = 0
+    made: NDArray[np.generic] = codes * 0.37 if dtype.startswith("float") else codes + 128 * (dtype == "uint8")
+    return made.astype(dtype)
+
+
+shapes = st.one_of(st.tuples(st.integers(1, 70), st.integers(1, 70)), st.tuples(st.integers(1, 3000)), st.tuples(*[st.integers(1, 9)] * 3))
+
+
+@given(
+    st.integers(0, 999), shapes, st.sampled_from(["int8", "uint8", "float32", "float16"]), st.integers(1, 250), st.floats(0, 1),
+    st.floats(0.1, 120),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_what_is_packed_is_what_comes_out(seed: int, shape: tuple[int, ...], dtype: str, kinds: int, zeros: float, spread: float) -> None:
+    values = tensor(seed, shape, dtype, kinds, zeros, spread)
+    packed = coding.pack(values)
+    if packed is not None:
+        again = coding.unpack(packed)
+        assert (again.dtype, again.shape) == (values.dtype, values.shape)
+        assert again.tobytes() == values.tobytes()
+        assert packed.bytes < values.nbytes + coding.TENSOR_BYTES
+
+
+def model_of(*tensors: NDArray[np.generic]) -> onnx.ModelProto:
+    """A model that gives its initializers ``w0``, ``w1``, … back as ``y0``, ``y1``, …, behind an input that only makes it a model."""
+    inits = [numpy_helper.from_array(values, f"w{i}") for i, values in enumerate(tensors)]
+    nodes = [helper.make_node("Identity", [one.name], [f"y{i}"]) for i, one in enumerate(inits)]
+    outputs = [helper.make_tensor_value_info(f"y{i}", one.data_type, one.dims) for i, one in enumerate(inits)]
+    made = helper.make_graph(nodes, "g", [], outputs, initializer=inits)
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", files.OPSET)], ir_version=9)
+
+
+def run(model: onnx.ModelProto) -> list[NDArray[np.generic]]:
+    """Its outputs in a stock session."""
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {})  # type: ignore[no-any-return]
+
+
+@given(
+    st.integers(0, 999), shapes, st.sampled_from(["int8", "uint8", "float32", "float16"]), st.integers(1, 250), st.floats(0, 1),
+    st.floats(0.1, 120),
+)  # fmt: skip
+@settings(max_examples=80, deadline=None)
+def test_a_stock_session_rebuilds_the_bits(seed: int, shape: tuple[int, ...], dtype: str, kinds: int, zeros: float, spread: float) -> None:
+    values = tensor(seed, shape, dtype, kinds, zeros, spread)
+    model = model_of(values, values + np.ones(1, dtype))
+    packed = onnx.ModelProto.FromString(model.SerializeToString())
+    found = files.pack(packed)
+    assert {tensor.name for tensor in packed.graph.initializer}.isdisjoint(found)
+    for a, b in zip(run(model), run(packed), strict=True):
+        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+    assert files.unpack(packed) == bool(found)
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in packed.graph.initializer}
+    assert {name: array.tobytes() for name, array in stored.items()} == {
+        one.name: numpy_helper.to_array(one).tobytes() for one in model.graph.initializer
+    }
+    assert [node.op_type for node in packed.graph.node] == ["Identity", "Identity"]
