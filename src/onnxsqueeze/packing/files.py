@@ -16,8 +16,9 @@ from onnxsqueeze.packing import coding
 Values = NDArray[Any]
 
 OPSET = 18  # BitwiseOr
-_MARK = "packed."  # begins the name of every tensor that only rebuilds weights
+_MARK = "~"  # begins the name of every tensor that only rebuilds weights; short, since there are a thousand
 _LEAST_BYTES = 256
+_AT_ONCE = 8  # codes that fill whole bytes at any width
 
 
 def pack(model: onnx.ModelProto) -> dict[str, coding.Packed]:
@@ -140,7 +141,11 @@ class _Decoder:
             return self._own(stream.values)
         places = ""
         for turn in reversed(stream.turns):
-            own = self._node("Cast", self._codes(turn.codes, turn.bits), to=TensorProto.INT32)
+            codes = self._codes(turn.codes, turn.bits)
+            if turn is stream.turns[0] and turn.bits < 8 and len(turn.codes) % _AT_ONCE:  # what is too much in later turns is never read
+                ends = self._constant(np.array([len(turn.codes)], np.int64))
+                codes = self._node("Slice", codes, self._constant(np.array([0], np.int64)), ends)
+            own = self._node("Cast", codes, to=TensorProto.INT32)
             more = places or stream.listed
             places = self._node("Add", own, self._further(own, 2**turn.bits - 1, places)) if more else own
         return self._node("Gather", self._own(stream.book), places)
@@ -157,9 +162,10 @@ class _Decoder:
         return self._node("Gather", places, count) if places else count
 
     def _codes(self, codes: NDArray[np.uint8], bits: int) -> str:
-        """``codes[n]`` again, uint8, from planes of one, two or four bits, the highest bits first."""
+        """``codes[n]`` again, uint8, with up to seven zeros behind them, from planes of one, two or four bits, the highest bits first."""
         if bits == 8:
             return self._own(codes)
+        codes = np.concatenate([codes, np.zeros(-len(codes) % _AT_ONCE, np.uint8)])
         found, above = "", bits
         for width in coding.PLANES[bits]:
             above -= width
@@ -170,20 +176,12 @@ class _Decoder:
 
     def _plane(self, codes: NDArray[np.uint8], width: int) -> str:
         """``codes[n]`` of ``width`` bits from bytes that hold several, by a table of all bytes."""
-        each = 8 // width
-        padded = np.concatenate([codes, np.zeros(-len(codes) % each, np.uint8)]).reshape(-1, each)
         shifts = np.arange(0, 8, width, dtype=np.uint8)
-        packed = np.bitwise_or.reduce(padded << shifts, axis=1).astype(np.uint8)
+        packed = np.bitwise_or.reduce(codes.reshape(-1, 8 // width) << shifts, axis=1).astype(np.uint8)
         table = (np.arange(256, dtype=np.uint8)[:, None] >> shifts) & np.uint8(2**width - 1)
         places = self._node("Cast", self._own(packed), to=TensorProto.INT32)
-        whole = self._flat(self._node("Gather", self._constant(table), places))
-        if padded.size == len(codes):
-            return whole
-        ends = self._constant(np.array([len(codes)], np.int64))
-        return self._node("Slice", whole, self._constant(np.array([0], np.int64)), ends)
-
-    def _flat(self, name: str) -> str:
-        return self._node("Reshape", name, self._constant(np.array([-1], np.int64)))
+        rows = self._node("Gather", self._constant(table), places)
+        return self._node("Reshape", rows, self._constant(np.array([-1], np.int64)))
 
     def _constant(self, values: Values) -> str:
         return self._shared.name(values)
