@@ -101,7 +101,7 @@ def test_the_dense_twin_is_the_parent(tmp_path: Path) -> None:
     )
 
     assert again == stored
-    assert (packed.path / "model_dense.onnx").read_bytes() == parent.onnx.read_bytes()
+    assert (packed.path / "dense" / "model.onnx").read_bytes() == parent.onnx.read_bytes()
 
 
 def test_weights_in_branches_are_packed_too(tmp_path: Path) -> None:

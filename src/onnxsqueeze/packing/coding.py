@@ -189,7 +189,8 @@ def _steps(shape: tuple[int, ...], flat: Values, values: Values, inverse: NDArra
 
 def _levels(matrix: Values, axis: int) -> Iterator[Levels]:
     """``axis`` 1: each row by itself; 0: each column."""
-    lines = np.ascontiguousarray(_bits(np.ascontiguousarray(matrix)) if axis else _bits(np.ascontiguousarray(matrix)).T)
+    held = _bits(np.ascontiguousarray(matrix))
+    lines = held if axis else np.ascontiguousarray(held.T)
     if lines.shape[1] <= _MOST_LEVELS or len(np.unique(lines[0])) > _MOST_LEVELS:  # most matrices end here
         return
     own = [np.unique(line) for line in lines]
@@ -222,7 +223,6 @@ def _coded(flat: Values, values: Values, inverse: NDArray[np.intp], counts: NDAr
     return Coded(np.concatenate([values[order][:reached], np.zeros(1, values.dtype), flat]), tuple(turns), listed=True)
 
 
-@cache
 def _widths(counts: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     """The turns' widths that take the fewest bytes for values that occur so often, the commonest first; () is raw."""
     left = [0]  # how many values are left from each place on

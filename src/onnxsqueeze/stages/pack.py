@@ -15,7 +15,7 @@ from onnxsqueeze.errors import StageError
 from onnxsqueeze.stage import Changed, Context, Stage, State
 from onnxsqueeze.stages import calibration
 
-_DENSE_FILE = "model_dense.onnx"
+_DENSE_FOLDER = "dense"
 
 
 class Pack(Stage):
@@ -33,7 +33,7 @@ class Pack(Stage):
 
     kind: Literal["pack"] = "pack"
     dense: bool = Field(
-        default=False, description=f"Write {_DENSE_FILE} beside the file, too: the same weights unpacked, for runtimes that do not fold"
+        default=False, description=f"Write {_DENSE_FOLDER}/model.onnx, too: the same weights unpacked, for runtimes that do not fold"
     )
 
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:  # noqa: ARG002, the contract's arguments
@@ -61,7 +61,8 @@ class Pack(Stage):
             raise StageError(f"{self.name}: the packed file gives other bits than its parent", remedy="report this as a bug")
         copy_side_files(parent.path, out)
         if self.dense:
-            (out / _DENSE_FILE).write_bytes(parent.onnx.read_bytes())
+            (out / _DENSE_FOLDER).mkdir()
+            graph.save(graph.load(parent.onnx), out / _DENSE_FOLDER)
         ways = Counter({coding.Flat: "stream", coding.Steps: "steps", coding.Levels: "levels"}[type(one)] for one in found.values())
         details = {
             "packed": len(found),
