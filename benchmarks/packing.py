@@ -36,7 +36,8 @@ def rounded(weight: Matrix, zeros: float, *, per_channel: bool) -> Matrix:
     """``weight`` with its smallest values set to zero, on a symmetric int8 grid."""
     kept = np.where(np.abs(weight) <= np.quantile(np.abs(weight), zeros), 0, weight) if zeros else weight
     scale = (np.abs(kept).max(axis=0, keepdims=True) if per_channel else np.abs(kept).max()) / 127
-    return np.round(kept / np.where(scale > 0, scale, 1)).astype(np.int8)
+    codes: Matrix = np.round(kept / np.where(scale > 0, scale, 1)).astype(np.int8)
+    return codes
 
 
 def entropy_bits(codes: Matrix) -> float:
@@ -60,7 +61,7 @@ def file_bits(codes: list[Matrix]) -> float:
     graph = helper.make_graph([], "weights", [], outputs, initializer=held)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", files.OPSET)])
     files.pack(model)
-    return 8.0 * model.ByteSize()
+    return 8.0 * len(model.SerializeToString())
 
 
 def main() -> None:
