@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxsqueeze.graph import graphs, load
-from onnxsqueeze.packing import files as packing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,6 +24,8 @@ def entropy_bytes(path: Path) -> int:
     where that is less. Packed 4-bit weights count by the byte, those of `pack` as what they stand for.
     """
     from onnx import numpy_helper
+
+    from onnxsqueeze.packing import files as packing
 
     total = 0.0
     model = load(path)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from onnxsqueeze.graph import graphs, load, qualified
-from onnxsqueeze.packing import files as packing
 from onnxsqueeze.results import WeightClass
 
 if TYPE_CHECKING:
@@ -66,6 +65,8 @@ def by_class(path: Path) -> tuple[WeightClass, ...]:
     …). Scales, zero points, shapes and axes are "other". Zeros are values that stand for 0.0, so they are counted relative to the zero
     point. MatMulNBits data counts by the weights it holds. Weights that `pack` wrote are those they stand for, with the bytes they have in the file.
     """
+    from onnxsqueeze.packing import files as packing
+
     model = load(path)
     packed = packing.stored_bytes(model)
     packing.unpack(model)
