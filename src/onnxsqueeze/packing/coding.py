@@ -1,8 +1,8 @@
 """How the values of one tensor are written down in fewer bytes, and which of the ways takes the fewest.
 
-All ways are lossless. A stream of values is raw, or the values' places in a list (the commonest first), written in turns: a turn has b bits for each
-value, and its last code says that the place is further behind and follows in the next turn. One bit is a mask of the commonest value, a few bits
-and a second turn are two code lengths, one turn alone is a code book. Tensors are one stream in their own shape, or:
+All ways are lossless. A stream of values is raw, or coded: b bits for each value, its place in a list (the commonest first), and a last code that says
+that the value is none of these and follows in the next stream. One bit is a mask of the commonest value, a few bits and a second stream are two code
+lengths, one stream alone is a code book. Tensors are one stream in their own shape, or:
 
     steps    the places of all values but the commonest, each as its distance from the last one, and those values
     levels   each row or column has a few values of its own; every value by its rank among these
@@ -25,6 +25,8 @@ NODE_BYTES, TENSOR_BYTES = 30, 20  # about what a node and a tensor take beside 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # widths that fill bytes
 _MOST_VALUES = 4096  # in a list; what has more different ones is raw
 _MOST_LEVELS = 16  # of a row or column
+_CHOSEN = frozenset({"int8", "uint8", "int32", "int64"})  # `Where` keeps their bits; of floats it loses the sign of zero
+_TYPES = _CHOSEN | frozenset({"int16", "uint16", "float16", "float32", "float64"})
 
 Values = NDArray[Any]
 
@@ -42,35 +44,35 @@ class Raw:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """``codes[n]``, each below 2^``bits``, the last of which means: further behind. From the second turn on ``codes[0]`` is 0 and stands for nothing."""
+class Coded:
+    """``codes[n]``, each the place of a value in ``book``; where there is ``further``, the last code, 2^``bits`` - 1, means: the next value of that."""
 
     bits: int
     codes: NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Coded:
-    """Values by their places in ``book``. A place is the sum of its codes in all turns that it has.
-
-    With ``listed`` the last turn's last code stands for a value of its own: these lie at the end of ``book`` in the order in which they come, behind
-    one entry that stands for nothing.
-    """
-
     book: Values
-    turns: tuple[Turn, ...]
-    listed: bool = False
+    further: Raw | Coded | None = None
 
     @property
     def bytes(self) -> int:
         """That it takes in the file, about, with the operators that undo it."""
-        own = self.book.nbytes + 2 * NODE_BYTES + TENSOR_BYTES
-        return own + sum(
-            _turn_bytes(len(turn.codes), turn.bits, more=i + 1 < len(self.turns) or self.listed) for i, turn in enumerate(self.turns)
-        )
+        own = _turn_bytes(len(self.codes), self.bits, more=self.further is not None) + self.book.nbytes
+        return own + (self.further.bytes if self.further else 0)
 
 
-Stream = Raw | Coded
+@dataclass(frozen=True)
+class Listed:
+    """``book[places]``, for types between which no operator chooses."""
+
+    book: Values
+    places: Raw | Coded  # int32
+
+    @property
+    def bytes(self) -> int:
+        """That it takes in the file, about, with the operators that undo it."""
+        return self.book.nbytes + self.places.bytes + NODE_BYTES + TENSOR_BYTES
+
+
+Stream = Raw | Coded | Listed
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ Packed = Flat | Steps | Levels
 
 def pack(tensor: Values) -> Packed | None:
     """The way that takes the fewest bytes, or None where none takes fewer than the tensor itself. Any shape, integers and floats."""
-    if tensor.size == 0 or tensor.dtype.kind not in "iuf":
+    if tensor.size == 0 or tensor.dtype.name not in _TYPES:
         return None
     found: list[Packed] = []
     flat = np.ascontiguousarray(tensor).reshape(-1)
@@ -156,16 +158,12 @@ def values_of(stream: Stream) -> Values:
     """What a stream says."""
     if isinstance(stream, Raw):
         return stream.values
-    places: NDArray[np.int64] | None = None
-    for turn in reversed(stream.turns):
-        own = turn.codes.astype(np.int64)
-        further = own == 2**turn.bits - 1
-        if places is not None:
-            own[further] += places[1:]
-        elif stream.listed:
-            own[further] += np.arange(1, int(further.sum()) + 1)
-        places = own
-    found: Values = stream.book[places]
+    if isinstance(stream, Listed):
+        return np.asarray(stream.book[values_of(stream.places)])
+    last = 2**stream.bits - 1
+    found: Values = stream.book[np.minimum(stream.codes, len(stream.book) - 1)]
+    if stream.further:
+        found[stream.codes == last] = values_of(stream.further)
     return found
 
 
@@ -198,7 +196,7 @@ def _levels(matrix: Values, axis: int) -> Iterator[Levels]:
     if not 1 < most <= _MOST_LEVELS:
         return
     book = np.stack([np.resize(one, most) for one in own]).view(matrix.dtype)
-    ranks = np.stack([np.searchsorted(one, line) for one, line in zip(own, lines, strict=True)]).astype(np.int32)
+    ranks = np.stack([np.searchsorted(one, line) for one, line in zip(own, lines, strict=True)]).astype(np.uint8)
     yield Levels(matrix.shape, axis, book if axis else np.ascontiguousarray(book.T), stream((ranks if axis else ranks.T).reshape(-1)))
 
 
@@ -210,21 +208,27 @@ def _coded(flat: Values, values: Values, inverse: NDArray[np.intp], counts: NDAr
         return Raw(flat)
     place = np.empty(len(values), np.int64)
     place[order] = np.arange(len(values))
-    left, turns, reached = place[inverse], [], 0
-    for i, bits in enumerate(widths):
-        last = 2**bits - 1
-        codes = np.minimum(left - reached, last).astype(np.uint8)
-        turns.append(Turn(bits, codes if i == 0 else np.concatenate([np.zeros(1, np.uint8), codes])))
-        further = left - reached >= last
-        left, flat, reached = left[further], flat[further], reached + last
-    listed = reached + 1 < len(values)  # the last turn has a code for reached + 1 values at most
-    if not listed:
-        return Coded(values[order], tuple(turns))
-    return Coded(np.concatenate([values[order][:reached], np.zeros(1, values.dtype), flat]), tuple(turns), listed=True)
+    places, book = place[inverse], values[order]
+    if 2 ** widths[0] >= len(book) or flat.dtype.name in _CHOSEN:
+        return _turns(flat, places, book, widths)
+    return Listed(book, _turns(places.astype(np.int32), places, np.arange(len(book), dtype=np.int32), widths))
+
+
+def _turns(flat: Values, places: NDArray[np.int64], book: Values, widths: tuple[int, ...]) -> Raw | Coded:
+    """``flat`` is ``book[places]``."""
+    if not widths:
+        return Raw(flat)
+    bits, *later = widths
+    last = 2**bits - 1
+    codes = np.minimum(places, last).astype(np.uint8)
+    if len(book) <= last + 1:
+        return Coded(bits, codes, book)
+    beyond = places >= last
+    return Coded(bits, codes, book[:last], _turns(flat[beyond], places[beyond] - last, book[last:], tuple(later)))
 
 
 def _widths(counts: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The turns' widths that take the fewest bytes for values that occur so often, the commonest first; () is raw."""
+    """The widths of the streams, each behind the last, that take the fewest bytes for values that occur so often, the commonest first; () is raw."""
     left = [0]  # how many values are left from each place on
     for count in reversed(counts):
         left.append(left[-1] + count)
@@ -245,7 +249,7 @@ def _widths(counts: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 
 @cache
 def _starts(values: int) -> tuple[int, ...]:
-    """The places at which a turn can begin."""
+    """The places in the list at which a stream can begin."""
     found, new = {0}, {0}
     while new:
         new = {start + 2**bits - 1 for start in new for bits in PLANES if start + 2**bits < values} - found
@@ -256,5 +260,5 @@ def _starts(values: int) -> tuple[int, ...]:
 def _turn_bytes(n: int, bits: int, *, more: bool) -> int:
     """Bytes of ``n`` codes and the operators that undo them."""
     planes = PLANES[bits]
-    nodes = 1 + sum(1 if width == 8 else 3 for width in planes) + 2 * (len(planes) - 1) + (6 if more else 0)
-    return sum(-(-n * width // 8) + TENSOR_BYTES for width in planes) + nodes * NODE_BYTES
+    nodes = sum(0 if width == 8 else 3 for width in planes) + len(planes) - 1 + (1 if planes[0] == 4 < bits else 0) + (7 if more else 2)
+    return sum(-(-n * width // 8) + TENSOR_BYTES for width in planes) + TENSOR_BYTES + nodes * NODE_BYTES

@@ -95,6 +95,16 @@ def _is_input(graph: onnx.GraphProto, name: str) -> bool:
     return any(value.name == name for value in graph.input)
 
 
+def _led(values: Values) -> Values:
+    """With a zero before them, which stands for nothing."""
+    return np.concatenate([np.zeros(1, values.dtype), values])
+
+
+def _bits(values: Values) -> Values:
+    """int8 as uint8."""
+    return values.view(np.uint8) if values.dtype == np.int8 else values
+
+
 class _Shared:
     """Constants that decoders have in common, in the outermost graph, which branches see too."""
 
@@ -128,7 +138,7 @@ class _Decoder:
         if isinstance(packed, coding.Flat):
             self._node("Reshape", self._stream(packed.stream), shape, output=name)
         elif isinstance(packed, coding.Levels):
-            ranks = self._node("Reshape", self._stream(packed.ranks), shape)
+            ranks = self._node("Reshape", self._node("Cast", self._stream(packed.ranks), to=TensorProto.INT32), shape)
             self._node("GatherElements", self._own(packed.book), ranks, output=name, axis=packed.axis)
         else:
             places = self._node("CumSum", self._stream(packed.steps), self._constant(np.array(0, np.int64)))
@@ -137,29 +147,35 @@ class _Decoder:
             self._node("Reshape", self._node("ScatterElements", empty, places, self._stream(packed.values)), shape, output=name)
 
     def _stream(self, stream: coding.Stream) -> str:
+        """The values of a stream, ``[n]``."""
+        if isinstance(stream, coding.Listed):
+            return self._node("GatherElements", self._own(stream.book), self._values(stream.places))
+        if isinstance(stream, coding.Coded) and stream.further and stream.book.dtype == np.int8:  # of which there is no Where
+            return self._node("Cast", self._values(stream), to=TensorProto.INT8)
+        return self._values(stream)
+
+    def _values(self, stream: coding.Raw | coding.Coded, *, lead: bool = False) -> str:
+        """The values of a stream, int8 by its bits as uint8 where two streams meet; with ``lead`` one more before them and some behind, which stand for nothing."""
         if isinstance(stream, coding.Raw):
-            return self._own(stream.values)
-        places = ""
-        for turn in reversed(stream.turns):
-            codes = self._codes(turn.codes, turn.bits)
-            if turn is stream.turns[0] and turn.bits < 8 and len(turn.codes) % _AT_ONCE:  # what is too much in later turns is never read
-                ends = self._constant(np.array([len(turn.codes)], np.int64))
-                codes = self._node("Slice", codes, self._constant(np.array([0], np.int64)), ends)
-            own = self._node("Cast", codes, to=TensorProto.INT32)
-            more = places or stream.listed
-            places = self._node("Add", own, self._further(own, 2**turn.bits - 1, places)) if more else own
-        return self._node("Gather", self._own(stream.book), places)
-
-    def _further(self, codes: str, last: int, places: str) -> str:
-        """What ``places`` adds to each code that is the last one, 0 to the others; without ``places``: 1 to the first of them, 2 to the second, ….
-
-        No NonZero: sessions do not fold it.
-        """
-        mask = codes
-        if last > 1:
-            mask = self._node("Cast", self._node("Equal", codes, self._constant(np.array(last, np.int32))), to=TensorProto.INT32)
-        count = self._node("Mul", self._node("CumSum", mask, self._constant(np.array(0, np.int64))), mask)
-        return self._node("Gather", places, count) if places else count
+            return self._own(_led(_bits(stream.values)) if lead else stream.values)
+        codes = self._codes(_led(stream.codes) if lead else stream.codes, stream.bits)
+        n = len(stream.codes)
+        if not lead and stream.bits < 8 and n % _AT_ONCE:
+            ends = self._constant(np.array([n], np.int64))
+            codes = self._node("Slice", codes, self._constant(np.array([0], np.int64)), ends)
+        places = self._node("Cast", codes, to=TensorProto.INT32)
+        if stream.further is None:
+            return self._node("GatherElements", self._own(_bits(stream.book) if lead else stream.book), places)
+        book = _bits(stream.book)
+        if stream.bits == 1:
+            beyond, counted, near = self._node("Cast", codes, to=TensorProto.BOOL), places, self._own(book)
+        else:
+            beyond = self._node("Equal", places, self._constant(np.array(2**stream.bits - 1, np.int32)))
+            counted = self._node("Cast", beyond, to=TensorProto.INT32)
+            near = self._node("GatherElements", self._own(np.append(book, book[:1])), places)
+        count = self._node("CumSum", counted, self._constant(np.array(0, np.int64)))  # no NonZero: sessions do not fold it
+        far = self._node("GatherElements", self._values(stream.further, lead=True), count)
+        return self._node("Where", beyond, far, near)
 
     def _codes(self, codes: NDArray[np.uint8], bits: int) -> str:
         """``codes[n]`` again, uint8, with up to seven zeros behind them, from planes of one, two or four bits, the highest bits first."""
@@ -169,16 +185,25 @@ class _Decoder:
         found, above = "", bits
         for width in coding.PLANES[bits]:
             above -= width
-            whole = self._plane((codes >> above) & (2**width - 1), width)
-            whole = self._node("BitShift", whole, self._constant(np.array(above, np.uint8)), direction="LEFT") if above else whole
+            plane = ((codes >> above) & (2**width - 1)).astype(np.uint8)
+            whole = self._halves(plane, above) if width == 4 else self._table(plane, width, above)
             found = self._node("BitwiseOr", found, whole) if found else whole
         return found
 
-    def _plane(self, codes: NDArray[np.uint8], width: int) -> str:
-        """``codes[n]`` of ``width`` bits from bytes that hold several, by a table of all bytes."""
+    def _halves(self, codes: NDArray[np.uint8], above: int) -> str:
+        """``codes[n]`` of four bits, times 2^``above``, from bytes whose low halves are the first n / 2 codes and whose high ones are the others."""
+        low, high = np.split(codes, 2)
+        packed = self._own(low | (high << 4))
+        first = self._node("BitwiseAnd", packed, self._constant(np.array(15, np.uint8)))
+        second = self._node("BitShift", packed, self._constant(np.array(4, np.uint8)), direction="RIGHT")
+        whole = self._node("Concat", first, second, axis=0)
+        return self._node("BitShift", whole, self._constant(np.array(above, np.uint8)), direction="LEFT") if above else whole
+
+    def _table(self, codes: NDArray[np.uint8], width: int, above: int) -> str:
+        """``codes[n]`` of one or two bits, times 2^``above``, from bytes that hold several, by a table of all bytes."""
         shifts = np.arange(0, 8, width, dtype=np.uint8)
         packed = np.bitwise_or.reduce(codes.reshape(-1, 8 // width) << shifts, axis=1).astype(np.uint8)
-        table = (np.arange(256, dtype=np.uint8)[:, None] >> shifts) & np.uint8(2**width - 1)
+        table = ((np.arange(256, dtype=np.uint8)[:, None] >> shifts) & np.uint8(2**width - 1)) << np.uint8(above)
         places = self._node("Cast", self._own(packed), to=TensorProto.INT32)
         rows = self._node("Gather", self._constant(table), places)
         return self._node("Reshape", rows, self._constant(np.array([-1], np.int64)))
