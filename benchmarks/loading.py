@@ -1,9 +1,9 @@
 """What a packed file costs when its session is made, and in calls afterwards: against the file it was made from, each in processes of its own.
 
     python benchmarks/loading.py runs/qdp-toy/int8-ort/model.onnx
-    python benchmarks/loading.py --bert-base
+    python benchmarks/loading.py --bert-base [ZEROS]
 
-Packs FILE.onnx, or an int8 BERT-base of random weights. Prints a table: bytes, the seconds to make a session on one thread (median and range of fresh
+Packs FILE.onnx, or an int8 BERT-base of random weights, with this share of its layers' smallest weights set to zero. As the stage `pack` does by default. Prints a table: bytes, the seconds to make a session on one thread (median and range of fresh
 processes, in turns; the files are in the page cache), the peak memory of such a process, p50 of a call at 128 tokens in turns, and whether the outputs have the same bits.
 """
 
@@ -19,19 +19,20 @@ from pathlib import Path
 import onnx
 
 from onnxsqueeze.packing import files
+from onnxsqueeze.stages.pack import Pack
 
 PROCESSES = 7
 CALLS = 60
 
 ONE = """
-import json, resource, sys, time
+import json, sys, time
 import numpy as np, onnxruntime as ort
 options = ort.SessionOptions()
 options.intra_op_num_threads = 1
 start = time.perf_counter()
 session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 load = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) / 1024
 ids = np.random.default_rng(0).integers(1000, 20000, (1, 128))
 given = {i.name: (ids if "ids" in i.name and "type" not in i.name else np.full_like(ids, "mask" in i.name)) for i in session.get_inputs()}
 given = {i.name: given[i.name].astype(np.int32 if "32" in i.type else np.int64) for i in session.get_inputs()}
@@ -44,14 +45,17 @@ print(json.dumps({"load": load, "peak": peak, "p50": float(np.median(times[10:])
 """
 
 
-def bert_base(folder: Path) -> Path:
-    """An int8 BERT-base with random weights, by the exporter of optimum and ONNX Runtime's dynamic quantization, one scale per output channel."""
+def bert_base(folder: Path, zeros: float) -> Path:
+    """An int8 BERT-base with random weights, ``zeros`` of them 0 in each matrix of the layers, by the exporter of optimum and ONNX Runtime's dynamic quantization, one scale per output channel."""
     from onnxruntime.quantization import quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
     from optimum.exporters.onnx import onnx_export_from_model
     from transformers import AutoModelForSequenceClassification, BertConfig
 
     model = AutoModelForSequenceClassification.from_config(BertConfig()).eval()  # type: ignore[no-untyped-call]
+    for weight in (weight for name, weight in model.named_parameters() if ".layer." in name and weight.ndim == 2):
+        least = weight.detach().abs().flatten().kthvalue(max(1, int(zeros * weight.numel()))).values
+        weight.data[weight.abs() <= least] = 0
     onnx_export_from_model(model, folder, task="text-classification", opset=18)
     quant_pre_process(str(folder / "model.onnx"), str(folder / "inferred.onnx"), skip_symbolic_shape=True)
     quantize_dynamic(folder / "inferred.onnx", folder / "int8.onnx", per_channel=True)
@@ -61,10 +65,11 @@ def bert_base(folder: Path) -> Path:
 def main() -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory() as place:
-        dense = bert_base(Path(place)) if sys.argv[1] == "--bert-base" else Path(sys.argv[1])
+        asked, *zeros = sys.argv[1:]
+        dense = bert_base(Path(place), float(zeros[0]) if zeros else 0.0) if asked == "--bert-base" else Path(asked)
         packed = Path(place) / "packed.onnx"
         model = onnx.load(dense)
-        files.pack(model)
+        files.pack(model, Pack().least_saving)
         packed.write_bytes(model.SerializeToString())
         runs: dict[Path, list[dict[str, float]]] = {dense: [], packed: []}
         for _ in range(PROCESSES):

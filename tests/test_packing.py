@@ -76,3 +76,13 @@ def test_a_stock_session_rebuilds_the_bits(seed: int, shape: tuple[int, ...], dt
         one.name: numpy_helper.to_array(one).tobytes() for one in model.graph.initializer
     }
     assert [node.op_type for node in packed.graph.node] == ["Identity", "Identity"]
+
+
+def test_a_tensor_that_saves_too_little_stays() -> None:
+    values = tensor(3, (200, 200), "int8", 250, 0.0, 28.0)
+    packed = coding.pack(values)
+    assert packed is not None
+    saved = 1 - packed.bytes / (values.nbytes + coding.TENSOR_BYTES)
+    assert 0.02 < saved < 0.2
+    assert coding.pack(values, saved - 0.001) is not None
+    assert coding.pack(values, saved + 0.001) is None

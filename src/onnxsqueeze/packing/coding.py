@@ -121,8 +121,8 @@ class Levels:
 Packed = Flat | Steps | Levels
 
 
-def pack(tensor: Values) -> Packed | None:
-    """The way that takes the fewest bytes, or None where none takes fewer than the tensor itself. Any shape, integers and floats."""
+def pack(tensor: Values, least_saving: float = 0.0) -> Packed | None:
+    """The way that takes the fewest bytes, or None where none saves more than ``least_saving`` of the tensor's own. Any shape, integers and floats."""
     if tensor.size == 0 or tensor.dtype.name not in _TYPES:
         return None
     found: list[Packed] = []
@@ -134,7 +134,7 @@ def pack(tensor: Values) -> Packed | None:
     if tensor.ndim == 2:
         found += [*_levels(tensor, 0), *_levels(tensor, 1)]
     best = min(found, key=lambda one: one.bytes, default=None)
-    return best if best is not None and best.bytes < tensor.nbytes + TENSOR_BYTES else None
+    return best if best is not None and best.bytes < (1 - least_saving) * (tensor.nbytes + TENSOR_BYTES) else None
 
 
 def stream(values: Values) -> Stream:

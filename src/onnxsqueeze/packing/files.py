@@ -21,17 +21,17 @@ _LEAST_BYTES = 256
 _AT_ONCE = 8  # codes that fill whole bytes at any width
 
 
-def pack(model: onnx.ModelProto) -> dict[str, coding.Packed]:
+def pack(model: onnx.ModelProto, least_saving: float = 0.0) -> dict[str, coding.Packed]:
     """Pack the initializers of ``model`` in place, those in the branches of its `If`s too; how each that got smaller is written, by its name.
 
-    The default opset must be `OPSET` or newer. What is packed already stays.
+    One stays as it is where that saves no more than ``least_saving`` of its bytes. The default opset must be `OPSET` or newer. What is packed already stays.
     """
     found: dict[str, coding.Packed] = {}
     shared = _Shared(model.graph)
     for graph in graphs.graphs(model.graph):
         for tensor in [one for one in graph.initializer if not one.name.startswith(_MARK)]:
             values = numpy_helper.to_array(tensor)
-            packed = coding.pack(values) if values.nbytes >= _LEAST_BYTES and not _is_input(graph, tensor.name) else None
+            packed = coding.pack(values, least_saving) if values.nbytes >= _LEAST_BYTES and not _is_input(graph, tensor.name) else None
             if packed is not None:
                 found[tensor.name] = packed
                 graph.initializer.remove(tensor)

@@ -33,6 +33,12 @@ class Pack(Stage):
     uses_data: ClassVar[bool] = True  # for the comparison
 
     kind: Literal["pack"] = "pack"
+    least_saving: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Weights that would get smaller by this share of their bytes or less stay as they are: each packed one takes time to open",
+    )
     dense: bool = Field(
         default=False, description=f"Write {_DENSE_FOLDER}/model.onnx, too: the same weights unpacked, for runtimes that do not fold"
     )
@@ -52,7 +58,7 @@ class Pack(Stage):
                 remedy=f"set `opset: {files.OPSET}` in export",
             )
         dense_bytes = _bytes(parent.onnx)
-        found = files.pack(model)
+        found = files.pack(model, self.least_saving)
         written = graph.save(model, out)
         if _bytes(written) >= dense_bytes:
             found, written = {}, graph.save(graph.load(parent.onnx), out)
