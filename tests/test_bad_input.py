@@ -261,6 +261,7 @@ def test_a_full_disk_below_the_results(tmp_path: Path, model: Path, mounted: Pat
     assert again.stderr.count("in the store") == 2
 
 
+@pytest.mark.full
 def test_ctrl_c_is_one_line_and_loses_nothing(tmp_path: Path, model: Path, own_store: Path) -> None:
     words = ("run", RECIPES / "none.yaml", "--model", model, *sets("none"), "--set", "stages.finetune.epochs=12")
     process = subprocess.Popen(start_words(*words), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

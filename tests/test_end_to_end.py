@@ -109,7 +109,7 @@ def test_the_student_is_smaller_pruned_and_compared_with_the_untouched_teacher(q
     left = {name: sum(w.n for w in rows[name].weights if w.class_ in ("attention", "feed_forward")) for name in ("int8-ort", "qdp-ort")}
     assert left["qdp-ort"] < 0.65 * left["int8-ort"] / 2, "one of two layers, and six tenths of it"
     assert [stage.kind for stage in rows["fp32"].stages] == ["finetune", "export"]
-    chain = ["finetune", "distill", "prune-structure", "export", "quantize-dynamic", "optimize-graph"]
+    chain = ["finetune", "distill", "prune-structure", "export", "quantize-dynamic", "optimize-graph", "pack"]
     assert [stage.kind for stage in rows["qdp-ort"].stages] == chain
 
 
@@ -481,6 +481,7 @@ def test_the_recorded_command_names_no_folder_of_this_machine(place: Path, tmp_p
     assert words == "onnxsqueeze run bare.yaml --model model --data-dir " + tmp_path.name + " --set model=model"
 
 
+@pytest.mark.full
 def test_what_one_machine_trained_another_one_exports_and_measures(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sets = [word for override in small("d") for word in ("--set", override)]
     there = command(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnxruntime as ort
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -76,6 +77,20 @@ def test_a_stock_session_rebuilds_the_bits(seed: int, shape: tuple[int, ...], dt
         one.name: numpy_helper.to_array(one).tobytes() for one in model.graph.initializer
     }
     assert [node.op_type for node in packed.graph.node] == ["Identity", "Identity"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int32"])
+@pytest.mark.parametrize("zeros", [0.3, 0.95])
+def test_zeros_among_values_that_differ_take_a_bit_each(dtype: str, zeros: float) -> None:
+    rng = np.random.default_rng(0)
+    values = (rng.standard_normal((100, 200)) * 2**10).astype(dtype)
+    values[rng.random(values.shape) < zeros] = 0
+    packed = coding.pack(values)
+    assert packed is not None
+    assert packed.bytes < 1.02 * (np.count_nonzero(values) * values.itemsize + values.size / 8) + 500
+    model = model_of(values)
+    files.pack(model)
+    assert run(model)[0].tobytes() == values.tobytes()
 
 
 def test_a_tensor_that_saves_too_little_stays() -> None:

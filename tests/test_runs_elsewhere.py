@@ -54,6 +54,7 @@ def rows(outcome: Outcome) -> dict[str, Target]:
     return {target.name: target for target in outcome.results.targets}
 
 
+@pytest.mark.full
 def test_the_record_and_the_store_know_the_runtime_that_measured_a_row(place: Path, tmp_path: Path) -> None:
     here, _ = run_on(Backends(), place, tmp_path / "here")
     assert rows(here)["int8"].runtime == f"onnxruntime {ort.__version__}"

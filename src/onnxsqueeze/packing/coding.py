@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 NODE_BYTES, TENSOR_BYTES = 30, 20  # about what a node and a tensor take beside its data
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # widths that fill bytes
-_MOST_VALUES = 4096  # in a list; what has more different ones is raw
+_MOST_CODED = 4096  # of a list; rarer values are listed one by one
 _MOST_LEVELS = 16  # of a row or column
 _CHOSEN = frozenset({"int8", "uint8", "int32", "int64"})  # `Where` keeps their bits; of floats it loses the sign of zero
 _TYPES = _CHOSEN | frozenset({"int16", "uint16", "float16", "float32", "float64"})
@@ -44,13 +44,26 @@ class Raw:
 
 
 @dataclass(frozen=True)
+class Count:
+    """``start``, ``start`` + 1, … as int32[``n``]."""
+
+    start: int
+    n: int
+
+    @property
+    def bytes(self) -> int:
+        """That it takes in the file, about."""
+        return NODE_BYTES
+
+
+@dataclass(frozen=True)
 class Coded:
     """``codes[n]``, each the place of a value in ``book``; where there is ``further``, the last code, 2^``bits`` - 1, means: the next value of that."""
 
     bits: int
     codes: NDArray[np.uint8]
     book: Values
-    further: Raw | Coded | None = None
+    further: Stream | None = None
 
     @property
     def bytes(self) -> int:
@@ -61,10 +74,10 @@ class Coded:
 
 @dataclass(frozen=True)
 class Listed:
-    """``book[places]``, for types between which no operator chooses."""
+    """``book[places]``, for types between which no operator chooses. Values that are listed lie at the end of ``book``."""
 
     book: Values
-    places: Raw | Coded  # int32
+    places: Stream  # int32
 
     @property
     def bytes(self) -> int:
@@ -72,7 +85,7 @@ class Listed:
         return self.book.nbytes + self.places.bytes + NODE_BYTES + TENSOR_BYTES
 
 
-Stream = Raw | Coded | Listed
+Stream = Raw | Coded | Listed | Count
 
 
 @dataclass(frozen=True)
@@ -128,9 +141,8 @@ def pack(tensor: Values, least_saving: float = 0.0) -> Packed | None:
     found: list[Packed] = []
     flat = np.ascontiguousarray(tensor).reshape(-1)
     values, inverse, counts = _different(flat)
-    if len(values) <= _MOST_VALUES:
-        found.append(Flat(tensor.shape, _coded(flat, values, inverse, counts)))
-        found += _steps(tensor.shape, flat, values, inverse, counts)
+    found.append(Flat(tensor.shape, _coded(flat, values, inverse, counts)))
+    found += _steps(tensor.shape, flat, values, inverse, counts)
     if tensor.ndim == 2:
         found += [*_levels(tensor, 0), *_levels(tensor, 1)]
     best = min(found, key=lambda one: one.bytes, default=None)
@@ -139,8 +151,7 @@ def pack(tensor: Values, least_saving: float = 0.0) -> Packed | None:
 
 def stream(values: Values) -> Stream:
     """The stream that takes the fewest bytes."""
-    different, inverse, counts = _different(values)
-    return _coded(values, different, inverse, counts) if len(different) <= _MOST_VALUES else Raw(values)
+    return _coded(values, *_different(values))
 
 
 def unpack(packed: Packed) -> Values:
@@ -160,6 +171,8 @@ def values_of(stream: Stream) -> Values:
         return stream.values
     if isinstance(stream, Listed):
         return np.asarray(stream.book[values_of(stream.places)])
+    if isinstance(stream, Count):
+        return np.arange(stream.start, stream.start + stream.n, dtype=np.int32)
     last = 2**stream.bits - 1
     found: Values = stream.book[np.minimum(stream.codes, len(stream.book) - 1)]
     if stream.further:
@@ -203,7 +216,8 @@ def _levels(matrix: Values, axis: int) -> Iterator[Levels]:
 def _coded(flat: Values, values: Values, inverse: NDArray[np.intp], counts: NDArray[np.intp]) -> Stream:
     """``flat`` is ``values[inverse]``; ``counts`` is how often each occurs."""
     order = np.argsort(-counts, kind="stable")
-    widths = _widths(tuple(counts[order].tolist()), values.itemsize)
+    often, seldom = order[:_MOST_CODED], order[_MOST_CODED:]
+    widths = _widths(tuple(counts[often].tolist()), int(counts[seldom].sum()), values.itemsize)
     if not widths:
         return Raw(flat)
     place = np.empty(len(values), np.int64)
@@ -211,25 +225,31 @@ def _coded(flat: Values, values: Values, inverse: NDArray[np.intp], counts: NDAr
     places, book = place[inverse], values[order]
     if 2 ** widths[0] >= len(book) or flat.dtype.name in _CHOSEN:
         return _turns(flat, places, book, widths)
-    return Listed(book, _turns(places.astype(np.int32), places, np.arange(len(book), dtype=np.int32), widths))
+    reached = sum(2**bits - 1 for bits in widths)
+    listed = flat[places >= reached] if len(book) > reached + 1 else book[reached:]
+    numbers = np.arange(len(book), dtype=np.int32)
+    return Listed(np.concatenate([book[:reached], listed]), _turns(numbers[places], places, numbers, widths, counted=True))
 
 
-def _turns(flat: Values, places: NDArray[np.int64], book: Values, widths: tuple[int, ...]) -> Raw | Coded:
-    """``flat`` is ``book[places]``."""
+def _turns(flat: Values, places: NDArray[np.int64], book: Values, widths: tuple[int, ...], *, counted: bool = False) -> Stream:
+    """``flat`` is ``book[places]``; with ``counted`` what is listed is counted on from the first."""
     if not widths:
-        return Raw(flat)
+        return Count(int(book[0]), len(flat)) if counted else Raw(flat)
     bits, *later = widths
     last = 2**bits - 1
     codes = np.minimum(places, last).astype(np.uint8)
     if len(book) <= last + 1:
         return Coded(bits, codes, book)
     beyond = places >= last
-    return Coded(bits, codes, book[:last], _turns(flat[beyond], places[beyond] - last, book[last:], tuple(later)))
+    return Coded(bits, codes, book[:last], _turns(flat[beyond], places[beyond] - last, book[last:], tuple(later), counted=counted))
 
 
-def _widths(counts: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The widths of the streams, each behind the last, that take the fewest bytes for values that occur so often, the commonest first; () is raw."""
-    left = [0]  # how many values are left from each place on
+def _widths(counts: tuple[int, ...], others: int, itemsize: int) -> tuple[int, ...]:
+    """The widths of the streams, each behind the last, that take the fewest bytes for values that occur so often, the commonest first; () is raw.
+
+    ``others`` values more are listed in any case.
+    """
+    left = [others]  # how many values are left from each place on
     for count in reversed(counts):
         left.append(left[-1] + count)
     left.reverse()
@@ -238,8 +258,10 @@ def _widths(counts: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
         ways: list[tuple[float, tuple[int, ...]]] = [((left[start] + 1) * itemsize, ())]  # listed
         for bits in PLANES:
             codes, last = left[start] + (start > 0), 2**bits - 1
-            if last + 1 >= len(counts) - start:
+            if last + 1 >= len(counts) - start and not others:
                 ways.append((_turn_bytes(codes, bits, more=False) + (len(counts) - start) * itemsize, (bits,)))
+                break
+            if start + last not in best:
                 break
             cost, widths = best[start + last]
             ways.append((_turn_bytes(codes, bits, more=True) + last * itemsize + cost, (bits, *widths)))

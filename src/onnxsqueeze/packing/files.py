@@ -154,10 +154,11 @@ class _Decoder:
             return self._node("Cast", self._values(stream), to=TensorProto.INT8)
         return self._values(stream)
 
-    def _values(self, stream: coding.Raw | coding.Coded, *, lead: bool = False) -> str:
+    def _values(self, stream: coding.Stream, *, lead: bool = False) -> str:
         """The values of a stream, int8 by its bits as uint8 where two streams meet; with ``lead`` one more before them and some behind, which stand for nothing."""
-        if isinstance(stream, coding.Raw):
-            return self._own(_led(_bits(stream.values)) if lead else stream.values)
+        if not isinstance(stream, coding.Coded):
+            values = coding.values_of(stream)
+            return self._own(_led(_bits(values)) if lead else values)
         codes = self._codes(_led(stream.codes) if lead else stream.codes, stream.bits)
         n = len(stream.codes)
         if not lead and stream.bits < 8 and n % _AT_ONCE:
@@ -174,7 +175,10 @@ class _Decoder:
             counted = self._node("Cast", beyond, to=TensorProto.INT32)
             near = self._node("GatherElements", self._own(np.append(book, book[:1])), places)
         count = self._node("CumSum", counted, self._constant(np.array(0, np.int64)))  # no NonZero: sessions do not fold it
-        far = self._node("GatherElements", self._values(stream.further, lead=True), count)
+        if isinstance(stream.further, coding.Count):
+            far = self._node("Add", count, self._constant(np.array(stream.further.start - 1, np.int32)))
+        else:
+            far = self._node("GatherElements", self._values(stream.further, lead=True), count)
         return self._node("Where", beyond, far, near)
 
     def _codes(self, codes: NDArray[np.uint8], bits: int) -> str:
