@@ -101,3 +101,14 @@ def test_a_tensor_that_saves_too_little_stays() -> None:
     assert 0.02 < saved < 0.2
     assert coding.pack(values, saved - 0.001) is not None
     assert coding.pack(values, saved + 0.001) is None
+
+
+def test_values_between_zeros_are_listed_where_codes_save_too_little() -> None:
+    values = tensor(3, (200, 200), "int8", 250, 0.5, 28.0)
+    small, quick = coding.pack(values), coding.pack(values, 0.15)
+    assert small is not None
+    assert quick is not None
+    assert small.bytes < quick.bytes < 1.1 * small.bytes
+    assert coding.unpack(quick).tobytes() == values.tobytes()
+    streams = [one.stream.further for one in (small, quick) if isinstance(one, coding.Flat) and isinstance(one.stream, coding.Coded)]
+    assert [type(one) for one in streams] == [coding.Coded, coding.Raw]

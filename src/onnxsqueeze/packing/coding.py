@@ -141,17 +141,17 @@ def pack(tensor: Values, least_saving: float = 0.0) -> Packed | None:
     found: list[Packed] = []
     flat = np.ascontiguousarray(tensor).reshape(-1)
     values, inverse, counts = _different(flat)
-    found.append(Flat(tensor.shape, _coded(flat, values, inverse, counts)))
-    found += _steps(tensor.shape, flat, values, inverse, counts)
+    found.append(Flat(tensor.shape, _coded(flat, values, inverse, counts, least_saving)))
+    found += _steps(tensor.shape, flat, values, inverse, counts, least_saving)
     if tensor.ndim == 2:
-        found += [*_levels(tensor, 0), *_levels(tensor, 1)]
+        found += [*_levels(tensor, 0, least_saving), *_levels(tensor, 1, least_saving)]
     best = min(found, key=lambda one: one.bytes, default=None)
     return best if best is not None and best.bytes < (1 - least_saving) * (tensor.nbytes + TENSOR_BYTES) else None
 
 
-def stream(values: Values) -> Stream:
-    """The stream that takes the fewest bytes."""
-    return _coded(values, *_different(values))
+def stream(values: Values, least_saving: float = 0.0) -> Stream:
+    """The stream that takes the fewest bytes; values are listed, all or the rarer ones, where codes for them save no more than ``least_saving``."""
+    return _coded(values, *_different(values), least_saving)
 
 
 def unpack(packed: Packed) -> Values:
@@ -190,15 +190,17 @@ def _bits(values: Values) -> Values:
     return values.view(f"u{values.itemsize}") if values.dtype.kind == "f" else values
 
 
-def _steps(shape: tuple[int, ...], flat: Values, values: Values, inverse: NDArray[np.intp], counts: NDArray[np.intp]) -> Iterator[Steps]:
+def _steps(
+    shape: tuple[int, ...], flat: Values, values: Values, inverse: NDArray[np.intp], counts: NDArray[np.intp], least_saving: float
+) -> Iterator[Steps]:
     commonest = int(counts.argmax())
     places = np.flatnonzero(inverse != commonest)
     if len(places) and 2 * len(places) <= flat.size < 2**31:
         steps = np.diff(places, prepend=0).astype(np.int32)
-        yield Steps(shape, values[commonest : commonest + 1], stream(steps), stream(flat[places]))
+        yield Steps(shape, values[commonest : commonest + 1], stream(steps, least_saving), stream(flat[places], least_saving))
 
 
-def _levels(matrix: Values, axis: int) -> Iterator[Levels]:
+def _levels(matrix: Values, axis: int, least_saving: float) -> Iterator[Levels]:
     """``axis`` 1: each row by itself; 0: each column."""
     held = _bits(np.ascontiguousarray(matrix))
     lines = held if axis else np.ascontiguousarray(held.T)
@@ -210,14 +212,16 @@ def _levels(matrix: Values, axis: int) -> Iterator[Levels]:
         return
     book = np.stack([np.resize(one, most) for one in own]).view(matrix.dtype)
     ranks = np.stack([np.searchsorted(one, line) for one, line in zip(own, lines, strict=True)]).astype(np.uint8)
-    yield Levels(matrix.shape, axis, book if axis else np.ascontiguousarray(book.T), stream((ranks if axis else ranks.T).reshape(-1)))
+    yield Levels(
+        matrix.shape, axis, book if axis else np.ascontiguousarray(book.T), stream((ranks if axis else ranks.T).reshape(-1), least_saving)
+    )
 
 
-def _coded(flat: Values, values: Values, inverse: NDArray[np.intp], counts: NDArray[np.intp]) -> Stream:
+def _coded(flat: Values, values: Values, inverse: NDArray[np.intp], counts: NDArray[np.intp], least_saving: float) -> Stream:
     """``flat`` is ``values[inverse]``; ``counts`` is how often each occurs."""
     order = np.argsort(-counts, kind="stable")
     often, seldom = order[:_MOST_CODED], order[_MOST_CODED:]
-    widths = _widths(tuple(counts[often].tolist()), int(counts[seldom].sum()), values.itemsize)
+    widths = _widths(tuple(counts[often].tolist()), int(counts[seldom].sum()), values.itemsize, least_saving)
     if not widths:
         return Raw(flat)
     place = np.empty(len(values), np.int64)
@@ -244,7 +248,7 @@ def _turns(flat: Values, places: NDArray[np.int64], book: Values, widths: tuple[
     return Coded(bits, codes, book[:last], _turns(flat[beyond], places[beyond] - last, book[last:], tuple(later), counted=counted))
 
 
-def _widths(counts: tuple[int, ...], others: int, itemsize: int) -> tuple[int, ...]:
+def _widths(counts: tuple[int, ...], others: int, itemsize: int, least_saving: float) -> tuple[int, ...]:
     """The widths of the streams, each behind the last, that take the fewest bytes for values that occur so often, the commonest first; () is raw.
 
     ``others`` values more are listed in any case.
@@ -265,7 +269,8 @@ def _widths(counts: tuple[int, ...], others: int, itemsize: int) -> tuple[int, .
                 break
             cost, widths = best[start + last]
             ways.append((_turn_bytes(codes, bits, more=True) + last * itemsize + cost, (bits, *widths)))
-        best[start] = min(ways)
+        cost, widths = min(ways)
+        best[start] = ways[0] if cost >= (1 - least_saving) * ways[0][0] else (cost, widths)
     return best[0][1]
 
 
