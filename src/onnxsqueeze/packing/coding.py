@@ -138,15 +138,14 @@ def pack(tensor: Values, least_saving: float = 0.0) -> Packed | None:
     """The way that takes the fewest bytes, or None where none saves more than ``least_saving`` of the tensor's own. Any shape, integers and floats."""
     if tensor.size == 0 or tensor.dtype.name not in _TYPES:
         return None
-    found: list[Packed] = []
     flat = np.ascontiguousarray(tensor).reshape(-1)
     values, inverse, counts = _different(flat)
-    found.append(Flat(tensor.shape, _coded(flat, values, inverse, counts, least_saving)))
+    found: list[Packed] = [Flat(tensor.shape, _coded(flat, values, inverse, counts, least_saving))]
     found += _steps(tensor.shape, flat, values, inverse, counts, least_saving)
     if tensor.ndim == 2:
         found += [*_levels(tensor, 0, least_saving), *_levels(tensor, 1, least_saving)]
-    best = min(found, key=lambda one: one.bytes, default=None)
-    return best if best is not None and best.bytes < (1 - least_saving) * (tensor.nbytes + TENSOR_BYTES) else None
+    best = min(found, key=lambda one: one.bytes)
+    return best if best.bytes < (1 - least_saving) * (tensor.nbytes + TENSOR_BYTES) else None
 
 
 def stream(values: Values, least_saving: float = 0.0) -> Stream:
