@@ -3,8 +3,9 @@
     python benchmarks/loading.py runs/qdp-toy/int8-ort/model.onnx
     python benchmarks/loading.py --bert-base [ZEROS]
 
-Packs FILE.onnx, or an int8 BERT-base of random weights, with this share of its layers' smallest weights set to zero. As the stage `pack` does by default. Prints a table: bytes, the seconds to make a session on one thread (median and range of fresh
-processes, in turns; the files are in the page cache), the peak memory of such a process, p50 of a call at 128 tokens in turns, and whether the outputs have the same bits.
+Packs FILE.onnx, or an int8 BERT-base of random weights with this share of its layers' smallest set to zero, as the stage `pack` does by default. Prints a table:
+bytes, the seconds to make a session on one thread (median and range of fresh processes, in turns; the files are in the page cache), the peak memory of such a
+process and p50 of a call at 128 tokens; and whether the outputs have the same bits.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ print(json.dumps({"load": load, "peak": peak, "p50": float(np.median(times[10:])
 
 
 def bert_base(folder: Path, zeros: float) -> Path:
-    """An int8 BERT-base with random weights, ``zeros`` of them 0 in each matrix of the layers, by the exporter of optimum and ONNX Runtime's dynamic quantization, one scale per output channel."""
+    """An int8 BERT-base of random weights, ``zeros`` of them 0 in each matrix of the layers.
+
+    By the exporter of optimum and ONNX Runtime's dynamic quantization, one scale per output channel.
+    """
     from onnxruntime.quantization import quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
     from optimum.exporters.onnx import onnx_export_from_model

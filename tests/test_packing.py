@@ -23,11 +23,12 @@ def tensor(seed: int, shape: tuple[int, ...], dtype: str, kinds: int, zeros: flo
     return made.astype(dtype)
 
 
+DTYPES = ["int8", "uint8", "float32", "float16", "int16", "uint16", "int32", "int64", "float64"]
 shapes = st.one_of(st.tuples(st.integers(1, 70), st.integers(1, 70)), st.tuples(st.integers(1, 3000)), st.tuples(*[st.integers(1, 9)] * 3))
 
 
 @given(
-    st.integers(0, 999), shapes, st.sampled_from(["int8", "uint8", "float32", "float16"]), st.integers(1, 250), st.floats(0, 1),
+    st.integers(0, 999), shapes, st.sampled_from(DTYPES), st.integers(1, 250), st.floats(0, 1),
     st.floats(0.1, 120),
 )  # fmt: skip
 @settings(max_examples=150, deadline=None)
@@ -56,7 +57,7 @@ def run(model: onnx.ModelProto) -> list[NDArray[np.generic]]:
 
 
 @given(
-    st.integers(0, 999), shapes, st.sampled_from(["int8", "uint8", "float32", "float16"]), st.integers(1, 250), st.floats(0, 1),
+    st.integers(0, 999), shapes, st.sampled_from(DTYPES), st.integers(1, 250), st.floats(0, 1),
     st.floats(0.1, 120),
 )  # fmt: skip
 @settings(max_examples=80, deadline=None)

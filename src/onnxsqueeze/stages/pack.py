@@ -21,9 +21,9 @@ _DENSE_FOLDER = "dense"
 class Pack(Stage):
     """Write every weight that gets smaller in few bits, lossless: `onnxsqueeze.packing.coding` has the ways, the fewest counted bytes choose.
 
-    The file rebuilds them by operators of opset 18, which ONNX Runtime folds when it opens a session: that takes longer (two thirds of a second for MiniLM), a call
-    does not, and its outputs have the same bits. A runtime that does not fold rebuilds them in every call: ``dense: true`` writes the same weights
-    unpacked beside it. The last stage of a target.
+    The file rebuilds them by operators of opset 18, which ONNX Runtime folds when it opens a session: that takes longer (two thirds of a second for
+    MiniLM); a call then runs the same operators and gives the same bits. A runtime that does not fold rebuilds them in every call: ``dense: true``
+    writes the same weights unpacked beside it. The last stage of a target.
     """
 
     takes: ClassVar[tuple[State, ...]] = ("onnx", "onnx-int", "onnx-fp16")
