@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from onnxsqueeze.environment import cpu_model
+from onnxsqueeze.nn.settings import TrainingSettings
+from onnxsqueeze.recipe import load
 
 ROOT = Path(__file__).parent.parent
 TRAINING = ("finetune", "distill", "prune-weights")
@@ -202,8 +204,12 @@ def run_trial(
     trial.equal_metrics = metrics(folder / "out") == metrics(reference)
     if trial.executed_again:
         trial.problems.append(f"executed again: {trial.executed_again}")
-    if trial.epochs_before and trial.resumed_in_epoch != trial.epochs_before + 1 and trial.epochs_before < 3:  # every stage has 3 epochs
-        trial.problems.append(f"{trial.epochs_before} epochs were finished, resumed in {trial.resumed_in_epoch}")
+    epochs = next(
+        (stage.epochs for stage in load(recipe).recipe.stages if isinstance(stage, TrainingSettings) and stage.name == trial.during), 0
+    )
+    due = trial.epochs_before + 1 if trial.epochs_before and trial.epochs_before < epochs else None  # None: none was finished, or all were
+    if trial.resumed_in_epoch != due:
+        trial.problems.append(f"{trial.epochs_before} of {epochs} epochs were finished, resumed in {trial.resumed_in_epoch}")
     if not trial.equal_files:
         trial.problems.append("the files differ")
     if not trial.equal_metrics:
