@@ -137,6 +137,7 @@ def main() -> int:
             f"| {r['task']} | {r['target']} | {r['split']} | {r['metric']} | {r['record']:.6f} | {r['scorer']:.6f} | {r['allowed']:.6f} |"
             for r in rows
         ]
+        asked.out.mkdir(parents=True, exist_ok=True)
         (asked.out / "scorer.md").write_text("# The records beside an independent scorer\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
         sys.stdout.write(lines[0] + "\n")
     return int(bool(off))
