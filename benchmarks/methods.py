@@ -18,13 +18,12 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from onnxsqueeze import timing
 from onnxsqueeze.measure.statistics import ratio_of_means_interval
-from onnxsqueeze.measure.work import ROUNDS
 from onnxsqueeze.recipe import load
 from onnxsqueeze.results import Latency, Results, Target, read_results
 from onnxsqueeze.stages import Finetune
@@ -162,10 +161,7 @@ def _by_int8(folder: Path, record: Results, target: Target) -> str:
 
 def _blocks(folder: Path, latency: Latency) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], ...]:
     """Every run of each process, in microseconds."""
-    with np.load(folder / str(latency.samples)) as kept:
-        rounds = [kept[f"arr_{i}"].astype(np.float64) for i in range(len(kept.files))]
-    bounds = [process * ROUNDS // (latency.processes or 1) for process in range((latency.processes or 1) + 1)]
-    return tuple(np.concatenate(rounds[low:high]) for low, high in pairwise(bounds))
+    return timing.by_process((folder / str(latency.samples)).read_bytes(), latency.processes)
 
 
 def main() -> None:

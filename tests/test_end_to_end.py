@@ -334,6 +334,33 @@ def test_a_missed_gate_ends_with_3_and_says_which_target_missed_what_by_how_much
     assert re.search(r"target int8-ort missed 1 of its gates: min_size_ratio is [\d.]+, the limit is 50 \(missed by [\d.]+\)", message)
 
 
+def test_a_target_is_compared_with_the_one_that_holds_the_file_it_was_made_from(place: Path, tmp_path: Path) -> None:
+    stages = "  - {kind: distill, layers: 1, epochs: 1}\n"
+    base = "  - {name: fp32, after: finetune, baseline: true, stages: [{kind: export}]}\n  - {name: student, stages: [{kind: export}]}\n"
+    int8 = "  - {name: int8, stages: [{kind: export}, {kind: quantize-dynamic}]}\n"
+    later = "  - {name: packed, stages: [{kind: export}, {kind: quantize-dynamic}, {kind: pack}]}\n"
+    again = {"model": place / "model", "store": place / "store", "overrides": small("")}
+    outcome, _ = run(recipe(tmp_path, stages, base + int8), tmp_path / "out", **again)  # type: ignore[arg-type]  # keywords as a mapping
+    found = targets(outcome)
+    versus = found["int8"].vs_parent
+    assert versus.parent == "student"
+    assert versus.speedup == found["student"].latency.p50_ms / found["int8"].latency.p50_ms
+    assert versus.speedup_ci95[0] < versus.speedup < versus.speedup_ci95[1]
+    assert (found["fp32"].vs_parent, found["student"].vs_parent) == (None, None), "trained stages lie between them, no file"
+
+    gate = f"{base}{int8}{later}gates: {{min_speedup_vs_parent: 1000}}\n"
+    outcome, _ = run(recipe(tmp_path, stages, gate), tmp_path / "out", **again)  # type: ignore[arg-type]
+    packed = targets(outcome)["packed"].vs_parent
+    assert (packed.parent, packed.speed, packed.speedup_ci95) == ("int8", "unproven", None), "they were not timed in turns"
+    assert outcome.exit_code == 3
+    assert [str(p).split(":")[0] for p in outcome.problems] == ["target int8 missed 1 of its gates", "target packed missed 1 of its gates"]
+    alone = base.replace(
+        "stages: [{kind: export}]}\n  - {name: student", "gates: {min_speedup_vs_parent: 1}, stages: [{kind: export}]}\n  - {name: student"
+    )
+    with pytest.raises(RecipeError, match=r"bare.yaml:8: .*min_speedup_vs_parent: no other target holds a file"):
+        run(recipe(tmp_path, stages, alone), tmp_path / "out", **again)  # type: ignore[arg-type]
+
+
 def test_require_turns_a_skip_into_a_failure(place: Path) -> None:
     outcome, _ = run("qdp", place / "required", model=place / "model", store=place / "store", overrides=small("qdp"), require=["cuda"])
     if targets(outcome)["cuda-fp32"].status == "ok":
@@ -429,7 +456,9 @@ def test_a_file_that_takes_single_rows_alone_is_a_failed_row_and_the_record_is_w
     onnx.save(model, folder / "model.onnx")
     narrow = replace(narrow, artifact=Artifact(folder, "onnx", "narrow", folder_digest(folder)))
     measurements = Measurements(store, watcher, settings, info, prepared.task.dev(), Backends(), fresh=False)
-    whole, failed = Measurer(measurements, prepared.plan.baselines).targets([fp32, narrow], prepared.loaded.recipe.gates)
+    whole, failed = Measurer(measurements, prepared.plan.baselines, prepared.plan.parents).targets(
+        [fp32, narrow], prepared.loaded.recipe.gates
+    )
     assert (whole.status, failed.status) == ("ok", "failed")
     assert "stopped while running" in str(failed.reason)
     assert failed.size_bytes == (folder / "model.onnx").stat().st_size

@@ -19,7 +19,7 @@ from onnxsqueeze.report.markdown import markdown
 from onnxsqueeze.report.summary import Row, tables, useless_zeros
 from onnxsqueeze.report.terminal import print_summary
 from onnxsqueeze.report.write import write_reports
-from onnxsqueeze.results import Gate, Results, Target, WeightClass
+from onnxsqueeze.results import Gate, Results, Target, VsParent, WeightClass
 from records import cpu_targets, drop, latency, measured, qdp_results, stage, versus, weights
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -105,6 +105,16 @@ def test_skipped_and_failed_rows_carry_reason_and_remedy() -> None:
 def test_a_slower_target_is_marked_so() -> None:
     assert "slower than its baseline fp32" in row_of(qdp_results(), "int4-ort").warnings
     assert not any("slower" in w for w in row_of(qdp_results(), "qdp-ort").warnings)
+
+
+def test_a_target_slower_than_what_it_was_made_from_says_so() -> None:
+    target = next(t for t in cpu_targets() if t.name == "qdp-ort")
+    slower = VsParent(parent="student-fp32", speedup=0.8, speedup_ci95=(0.75, 0.85), speed="slower")
+    row = row_of(only(target, vs_parent=slower, gates=(Gate(name="min_speedup_vs_parent", limit=0.78, value=0.8, passed=True),)), "qdp-ort")
+    assert any(w.startswith("slower than student-fp32, which it was made from: 0.800× as fast [0.750, 0.850]") for w in row.warnings)
+    assert not row.gates[0].proven
+    level = slower.model_copy(update={"speed": "tie"})
+    assert not any("made from" in w for w in row_of(only(target, vs_parent=level), "qdp-ort").warnings)
 
 
 def test_a_missed_gate_says_by_how_much_and_a_narrow_pass_is_not_called_proven() -> None:

@@ -194,7 +194,7 @@ def _measure(prepared: Prepared, store: Store, watcher: Watcher, maker: _Maker, 
     dev = task.dev()
     registry = prepared.request.backends
     measurements = Measurements(store, watcher, recipe.measure, task.info, dev, registry, prepared.request.fresh)
-    measurer = Measurer(measurements, prepared.plan.baselines)
+    measurer = Measurer(measurements, prepared.plan.baselines, prepared.plan.parents)
     targets = measurer.targets(made, recipe.gates)
     looks = {split.name: store.looks(split.sha256, measurer.models(made)) for split in dev}
     results = Results(

@@ -72,6 +72,18 @@ class Plan:
     branches: tuple[Branch, ...]
     baselines: Mapping[str, str]
 
+    @property
+    def parents(self) -> dict[str, str]:
+        """Target → the target of the same backend that holds the nearest file it was made from, where there is one."""
+        found = {}
+        for branch in self.branches:
+            above = [step.key for step in branch.steps[:-1] if step.format == "onnx"]
+            holders = {other.steps[-1].key: other.target.name for other in self.branches if other.backend == branch.backend}
+            nearest = next((holders[key] for key in reversed(above) if key in holders), None)
+            if nearest is not None:
+                found[branch.target.name] = nearest
+        return found
+
 
 def make_plan(loaded: LoadedRecipe, start: Start, task: Task, seed: int, threads: int, *, any_machine: bool = False) -> Plan:
     """Put every stage in its place. With ``any_machine`` a PyTorch stage's key leaves out who made it: the machine and the versions of the tools.
@@ -97,10 +109,31 @@ def make_plan(loaded: LoadedRecipe, start: Start, task: Task, seed: int, threads
         above, own = chain(recipe, target)
         steps = (*shared[: len(above)], *planner.chain(shared[: len(above)], own, _ADDED if added else ("targets", i, "stages")))
         branches.append(Branch(target, backends.get(target.backend).name, steps, len(above), added))
-    if planner.faults:
-        raise RecipeError(planner.faults)
     order = sorted(branches, key=lambda b: (list(baselines).index(b.backend), not b.target.baseline))
-    return Plan(shared, tuple(order), baselines)
+    planned = Plan(shared, tuple(order), baselines)
+    faults = planner.faults or _without_parent(loaded, planned)
+    if faults:
+        raise RecipeError(faults)
+    return planned
+
+
+def _without_parent(loaded: LoadedRecipe, plan: Plan) -> list[Fault]:
+    """Gates that compare a target with the one it was made from, where there is none."""
+    recipe, word = loaded.recipe, "min_speedup_vs_parent"
+    message = f"{word}: no other target holds a file that this one is made from; add one whose stages are the first of its stages"
+    faults = [
+        loaded.fault(("targets", i, "gates", word), message)
+        for i, target in enumerate(recipe.targets)
+        if target.gates and target.gates.min_speedup_vs_parent is not None and target.name not in plan.parents
+    ]
+    if recipe.gates.min_speedup_vs_parent is not None and not plan.parents:
+        faults.append(
+            loaded.fault(
+                ("gates", word),
+                f"{word}: no target holds a file that another is made from; add one whose stages are the first of the other's",
+            )
+        )
+    return faults
 
 
 class _Planner:

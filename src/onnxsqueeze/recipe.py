@@ -37,6 +37,11 @@ class Gates(_Part):
     )
     min_size_ratio: float | None = Field(None, gt=0, description="Least baseline bytes ÷ target bytes")
     min_speedup: float | None = Field(None, gt=0, description="Least baseline p50 ÷ target p50 at the measured shape")
+    min_speedup_vs_parent: float | None = Field(
+        None,
+        gt=0,
+        description="The same against the target that holds the file this one was made from (1: its own stages must not slow it); where there is such a target",
+    )
 
 
 class Target(_Part):

@@ -14,7 +14,7 @@ from onnxsqueeze.measure.metric import compare, evaluate, quality
 from onnxsqueeze.measurements import Measurements, Subject
 from onnxsqueeze.plan import Branch
 from onnxsqueeze.recipe import Gates
-from onnxsqueeze.results import Gate, MetricDelta, StageRecord, Target, VsBaseline
+from onnxsqueeze.results import Gate, MetricDelta, StageRecord, Target, VsBaseline, VsParent
 from onnxsqueeze.store import key_of
 from onnxsqueeze.tasks.rows import SplitRows
 from onnxsqueeze.timing import Timed
@@ -45,8 +45,8 @@ class _Found:
 class Measurer:
     """Makes the records of one run's targets out of `Measurements`."""
 
-    def __init__(self, measurements: Measurements, baselines: Mapping[str, str]) -> None:
-        self.measurements, self.baselines = measurements, baselines
+    def __init__(self, measurements: Measurements, baselines: Mapping[str, str], parents: Mapping[str, str]) -> None:
+        self.measurements, self.baselines, self.parents = measurements, baselines, parents
         self.info, self.dev = measurements.info, measurements.dev
         self.goldens: dict[str, Golden] = {}  # target → what it says to a few generated sentences, for `onnxsqueeze verify`
 
@@ -130,13 +130,15 @@ class Measurer:
         metrics = {split.name: evaluate(self.info, logits[split.name], _labels(split)) for split in self.dev}
         base_logits = found[base.name].logits if base and base.name in found else None
         versus = self._versus(logits, base_logits, shapes[0], facts["size_bytes"], base) if base else None
+        parent = self._vs_parent(name, found)
         return Target(
             status="ok",
             latency=shapes[0].latency,
             latencies=tuple(shape.latency for shape in shapes[1:]),
             metrics=metrics,
             vs_baseline=versus,
-            gates=_judge(target.gates or gates, versus, self.info.primary, self.dev[0].name) if versus else (),
+            vs_parent=parent,
+            gates=_judge(target.gates or gates, versus, parent, self.info.primary, self.dev[0].name) if versus else (),
             extra={"speedups": [timing.speedup(shape) for shape in shapes[1:]]} if versus else {},
             **found[name].ran,
             **facts,
@@ -158,12 +160,21 @@ class Measurer:
             quality=quality(deltas[self.dev[0].name][self.info.primary]),
         )
 
+    def _vs_parent(self, name: str, found: Mapping[str, _Found]) -> VsParent | None:
+        parent = self.parents.get(name)
+        if parent is None or parent not in found:
+            return None
+        above, own = found[parent].timed[0], found[name].timed[0]
+        runs = [self.measurements.samples.get(one.latency.samples or "", b"") for one in (above, own)]
+        speedup, interval, speed = timing.against(above, runs[0], own, runs[1])
+        return VsParent(parent=parent, speedup=speedup, speedup_ci95=interval, speed=speed)
+
 
 def _labels(split: SplitRows) -> list[int | float]:
     return [row.label for row in split.rows]
 
 
-def _judge(gates: Gates, versus: VsBaseline, primary: str, split: str) -> tuple[Gate, ...]:
+def _judge(gates: Gates, versus: VsBaseline, parent: VsParent | None, primary: str, split: str) -> tuple[Gate, ...]:
     """Each gate that is set, judged by the point estimate."""
     drop = -100 * versus.metrics[split][primary].delta
     speedup = versus.speedup if versus.speedup is not None else 0.0
@@ -178,4 +189,7 @@ def _judge(gates: Gates, versus: VsBaseline, primary: str, split: str) -> tuple[
         )
     if gates.min_speedup is not None:
         judged.append(Gate(name="min_speedup", limit=gates.min_speedup, value=speedup, passed=speedup >= gates.min_speedup))
+    if gates.min_speedup_vs_parent is not None and parent:
+        passed = parent.speedup >= gates.min_speedup_vs_parent
+        judged.append(Gate(name="min_speedup_vs_parent", limit=gates.min_speedup_vs_parent, value=parent.speedup, passed=passed))
     return tuple(judged)

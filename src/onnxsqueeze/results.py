@@ -178,6 +178,15 @@ class VsBaseline(_Part):
     quality: Literal["better", "worse", "tie"]
 
 
+class VsParent(_Part):
+    """A target against the one that holds the file it was made from: whether its own stages have made it faster."""
+
+    parent: str
+    speedup: float = Field(description="Parent p50 ÷ target p50 at the measured shape")
+    speedup_ci95: tuple[float, float] | None = Field(description="null where they were not timed in turns")
+    speed: Literal["faster", "slower", "tie", "unproven"]
+
+
 class WeightClass(_Part):
     """All weights of one class and one stored type in the written file."""
 
@@ -242,6 +251,7 @@ class Target(_Part):
     latencies: tuple[Latency, ...] = ()
     metrics: dict[str, dict[str, MetricValue]] = Field(default_factory=dict)
     vs_baseline: VsBaseline | None = None
+    vs_parent: VsParent | None = Field(None, description="null where no other target holds the file that this one was made from")
     files: tuple[FileRecord, ...] = ()
     weights: tuple[WeightClass, ...] = ()
     operators: dict[str, int] = Field(default_factory=dict, description="Nodes per operator in the written file")

@@ -6,10 +6,15 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
-from onnxsqueeze.measure.latency import LatencyResult
+from onnxsqueeze.measure.latency import LatencyResult, Verdict, verdict
+from onnxsqueeze.measure.work import ROUNDS
 from onnxsqueeze.results import Latency
+
+if TYPE_CHECKING:
+    from onnxsqueeze.measure.latency import Blocks
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Timed:
     verdict: str
     mean_speedup: float | None = None
     mean_speedup_ci95: tuple[float, float] | None = None
+    turns: str | None = None
 
     def to_json(self) -> bytes:
         """What the store keeps."""
@@ -33,6 +39,7 @@ class Timed:
                 "verdict": self.verdict,
                 "mean_speedup": self.mean_speedup,
                 "mean_speedup_ci95": self.mean_speedup_ci95,
+                "turns": self.turns,
             }
         ).encode()
 
@@ -47,6 +54,7 @@ class Timed:
             value["verdict"],
             value.get("mean_speedup"),
             _pair(value.get("mean_speedup_ci95")),
+            value.get("turns"),
         )
 
 
@@ -62,7 +70,29 @@ def packed(result: LatencyResult) -> bytes:
 def timed(result: LatencyResult) -> Timed:
     """What a record says of a measured latency."""
     means = result.mean_speedup, result.mean_speedup_ci95
-    return Timed(result.latency, result.speedup, result.speedup_ci95, result.verdict, *means)
+    return Timed(result.latency, result.speedup, result.speedup_ci95, result.verdict, *means, result.turns)
+
+
+def by_process(content: bytes, processes: int) -> Blocks:
+    """The runs of each process in microseconds, out of what `packed` made."""
+    import numpy as np
+
+    with np.load(io.BytesIO(content)) as kept:
+        rounds = [kept[f"arr_{i}"].astype(np.float64) for i in range(len(kept.files))]
+    bounds = [process * ROUNDS // processes for process in range(processes + 1)]
+    return tuple(np.concatenate(rounds[low:high]) for low, high in pairwise(bounds))
+
+
+def against(parent: Timed, parents_runs: bytes, target: Timed, runs: bytes) -> tuple[float, tuple[float, float] | None, Verdict]:
+    """p50 of ``parent`` ÷ that of ``target``, its 95 % interval and the verdict; neither of the last two where they were not timed in turns."""
+    from onnxsqueeze.measure.statistics import ratio_of_medians_interval
+
+    one, other = parent.latency, target.latency
+    speedup = one.p50_ms / other.p50_ms
+    if parent.turns is None or parent.turns != target.turns:
+        return speedup, None, "unproven"
+    interval = ratio_of_medians_interval(by_process(parents_runs, one.processes), by_process(runs, other.processes))
+    return speedup, interval, verdict(speedup, interval) if one.valid and other.valid else "unproven"
 
 
 def speedup(timed: Timed) -> dict[str, Any]:

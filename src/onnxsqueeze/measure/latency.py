@@ -21,6 +21,7 @@ settings say otherwise), and each time, with all open:
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -86,7 +87,7 @@ class Candidate:
 class LatencyResult:
     """``samples_ms`` holds the counted runs, one array per round. The baseline, and all where there is none, has no speed-up.
 
-    Speed-ups are of medians, and beside them of means. ``verdict`` is "unproven" where this or the baseline's latency is not valid, or there is no baseline; the baseline's is "tie".
+    Speed-ups are of medians, and beside them of means. ``turns`` is the same for those that were timed in turns, and for no others. ``verdict`` is "unproven" where this or the baseline's latency is not valid, or there is no baseline; the baseline's is "tie".
     """
 
     latency: Latency
@@ -96,6 +97,7 @@ class LatencyResult:
     samples_ms: Blocks
     mean_speedup: float | None = None
     mean_speedup_ci95: tuple[float, float] | None = None
+    turns: str | None = None
 
 
 def measure_latency(
@@ -137,7 +139,8 @@ def measure_latency(
                 kept[name].blocks.append(block)
                 done += 1
     progress(total, total)
-    return {name: _result(name, baseline, kept, work) for name in names}
+    turns = secrets.token_hex(8)
+    return {name: replace(_result(name, baseline, kept, work), turns=turns) for name in names}
 
 
 def verdict(speedup: float, ci95: tuple[float, float]) -> Verdict:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from onnxsqueeze.report.grid import joined
 from onnxsqueeze.report.numbers import (
     MISSING,
     hundredths,
@@ -217,6 +218,10 @@ def _warnings(target: Target, gates: Sequence[GateLine]) -> list[str]:
     lines = [f"gate {g.name}: {g.value} against a limit of {g.limit}, {g.verdict}" for g in gates if not g.passed]
     if target.vs_baseline and target.vs_baseline.speed == "slower":
         lines.append(f"slower than its baseline {target.vs_baseline.baseline}")
+    above = target.vs_parent
+    if above and above.speed == "slower" and not (target.vs_baseline and target.vs_baseline.baseline == above.parent):
+        times = joined(f"{ratio(above.speedup)} as fast", ratio_interval(above.speedup_ci95))
+        lines.append(f"slower than {above.parent}, which it was made from: {times}")
     if target.latency and not target.latency.valid:
         disturbed = target.latency.disturbed_blocks
         why = f"others used the CPU in {disturbed} of its 20 blocks" if disturbed else "the times drifted"
@@ -258,6 +263,8 @@ def _proven(results: Results, target: Target, gate: Gate) -> bool:
         return -100 * delta.ci95[0] <= gate.limit
     if gate.name == "min_speedup" and versus:
         return versus.speed != "unproven" and versus.speedup_ci95 is not None and versus.speedup_ci95[0] >= gate.limit
+    if gate.name == "min_speedup_vs_parent" and (above := target.vs_parent):
+        return above.speed != "unproven" and above.speedup_ci95 is not None and above.speedup_ci95[0] >= gate.limit
     return True
 
 
