@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import TensorProto, numpy_helper
 
 from exports import build, distance, export
 from models import FAMILIES, FamilyName, artifact
@@ -49,6 +51,27 @@ def test_logits_that_overflow_are_an_error(tmp_path: Path) -> None:
     graph.save(model, huge)
     with pytest.raises(StageError, match="overflow"):
         build(STAGE, artifact(huge, "onnx"), tmp_path / "half", context)
+
+
+def test_operators_that_stay_in_float32_hand_it_to_each_other_where_half_overflows(tmp_path: Path) -> None:
+    parent, context = export(tmp_path, "bert")
+    steep = tmp_path / "steep"
+    shutil.copytree(parent.path, steep)
+    model = graph.load(parent.onnx)
+    queries = [node.input[1] for node in model.graph.node if node.op_type == "MatMul" and "query" in node.name]
+    for tensor in (tensor for tensor in model.graph.initializer if tensor.name in queries):
+        tensor.raw_data = (numpy_helper.to_array(tensor) * np.float32(3e4)).tobytes()  # attention scores of 10^6
+    graph.save(model, steep)
+    with pytest.raises(StageError, match="overflow"):
+        build(STAGE, artifact(steep, "onnx"), tmp_path / "half", context)
+    scores = ("MatMul", "Add", "Mul", "Div", "Where", "Transpose", "Reshape", "Softmax")
+    mixed, changed = build(STAGE.model_copy(update={"keep_float32": scores}), artifact(steep, "onnx"), tmp_path / "mixed", context)
+    graph.check(mixed.onnx, like=parent.onnx)
+    dtypes = {tensor.name: tensor.data_type for tensor in graph.load(mixed.onnx).graph.initializer}
+    assert {dtypes[name] for name in queries} == {TensorProto.FLOAT}
+    assert changed.count == sum(kind == TensorProto.FLOAT16 for kind in dtypes.values()) > 5
+    with pytest.raises(StageError, match=r"keep_float32: the graph has no Softmx.*did you mean 'Softmax'"):
+        build(STAGE.model_copy(update={"keep_float32": ("Softmx",)}), parent, tmp_path / "none", context)
 
 
 def test_a_stage_that_converts_nothing_is_an_error(tmp_path: Path) -> None:

@@ -111,22 +111,24 @@ def _uses_head(stages: tuple[tuple[Stage, ...], tuple[Stage, ...]]) -> bool:
 
 
 def _check_lengths(loaded: LoadedRecipe, task: Task, start: Start) -> None:
-    """Raise RecipeError where the task or a measured shape is longer than the model's positions."""
-    config = read_config(start.artifact.path)
-    longest = family_of(config["model_type"]).max_tokens(config)
-    measure = loaded.recipe.measure
+    """Raise RecipeError where the task or a measured shape is longer than the model's positions, or than a stage leaves them."""
+    recipe, config = loaded.recipe, read_config(start.artifact.path)
+    longest, whose = family_of(config["model_type"]).max_tokens(config), f"the model {start.name!r}"
+    measure = recipe.measure
     faults = []
     if task.info.max_length > longest:
-        faults.append(
-            loaded.fault(("task",), f"max_length: the model {start.name!r} reads at most {longest} tokens, got {task.info.max_length}")
-        )
+        faults.append(loaded.fault(("task",), f"max_length: {whose} reads at most {longest} tokens, got {task.info.max_length}"))
+    for stage in (stage for target in recipe.targets for stages in chain(recipe, target) for stage in stages):
+        left = stage.reads_at_most(task.info.max_length)
+        if left is not None and left < longest:
+            longest, whose = left, f"a model behind {stage.name}"
     for path, tokens in (
         (("measure", "sequence"), measure.sequence),
         *((("measure", "shapes", i, "sequence"), s.sequence) for i, s in enumerate(measure.shapes)),
         *((("measure", "sweep", "sequence", i), n) for i, n in enumerate(measure.sweep.sequence if measure.sweep else ())),
     ):
         if tokens > longest:
-            faults.append(loaded.fault(path, f"the model {start.name!r} reads at most {longest} tokens, got {tokens}"))
+            faults.append(loaded.fault(path, f"{whose} reads at most {longest} tokens, got {tokens}"))
     if faults:
         raise RecipeError(faults)
 

@@ -145,6 +145,10 @@ class Stage(BaseModel):
         """True where the bytes depend on times at the measured shape: that shape joins the key."""
         return False
 
+    def reads_at_most(self, max_length: int) -> int | None:  # noqa: ARG002  # for those who override it
+        """The longest input in tokens of what this stage makes, for a task whose rows have up to ``max_length``, or None where it stays as it was."""
+        return None
+
     def refuses(self, backend: str) -> str | None:  # noqa: ARG002  # for those who override it
         """Why this stage makes no sense for a backend ("cpu", "cuda", …), or None. Checked before anything runs."""
         return None

@@ -209,24 +209,39 @@ def save_rows(parent: Path, out: Path, rows: Sequence[int]) -> None:
     """Write ``parent``'s config.json and weights into ``out`` with these rows of its vocabulary matrix alone, in this order.
 
     The ids that config.json names become the rows' new places. All other weights of the encoder and of a classification head are left
-    as they are; a head of another purpose (a language model's has one output a row) is left out.
+    as they are.
     """
-    from safetensors.torch import save_file
-
-    config, weights = read_config(parent), _weights(parent)
-    family = family_of(config["model_type"])
+    config, weights = read_config(parent), _own_weights(parent)
     name = _vocabulary_name(parent, weights)
-    if name.startswith(f"{family.encoder}."):
-        mine = tuple(f"{module}." for module in (family.encoder, *family.head))
-        weights = {key: tensor for key, tensor in weights.items() if key.startswith(mine)}
     weights[name] = weights[name][list(rows)]
     place = {row: i for i, row in enumerate(rows)}
     for key, old in token_ids(parent).items():
         if key in config or place[old] != old:
             config[key] = place[old]
     config["vocab_size"] = len(rows)
-    (out / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, out / WEIGHTS_FILE, metadata={"format": "pt"})
+    _write(config, weights, out)
+
+
+def save_positions(parent: Path, out: Path, length: int) -> int:
+    """Write ``parent``'s config.json and weights into ``out`` with positions for inputs of ``length`` tokens; returns how many the parent has them for.
+
+    Raises ModelError where the weights hold no table of positions, or one that is not longer than that.
+    """
+    config, weights = read_config(parent), _own_weights(parent)
+    family = family_of(config["model_type"])
+    name = next((name for stem in (f"{family.encoder}.", "") if (name := f"{stem}{family.positions}.weight") in weights), None)
+    before = len(weights[name]) - family.position_offset if name else 0
+    if name is None or before <= length:
+        raise ModelError(
+            f"{parent.name}: has positions for {before} tokens, and {length} are to stay",
+            remedy="take the stage out: there is nothing to cut",
+        )
+    config["max_position_embeddings"] = length + family.position_offset
+    weights[name] = weights[name][: config["max_position_embeddings"]]
+    _write(
+        config, {key: tensor for key, tensor in weights.items() if not key.endswith(".position_ids")}, out
+    )  # 0, 1, …: older files hold them
+    return before
 
 
 def changed_tensors(parent: Path, out: Path) -> int:
@@ -312,6 +327,24 @@ def _weights(folder: Path) -> dict[str, Tensor]:
             f"{folder.name}: {PICKLE_FILE} cannot be loaded: {error}", remedy="download or save the model again as safetensors"
         ) from error
     return {name: tensor.clone() for name, tensor in pickled.items()}  # tied ones share memory, and safetensors refuses that
+
+
+def _own_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of the encoder and of a classification head; a head of another purpose (a language model's has one output a row) is left out."""
+    weights, family = _weights(folder), family_of(read_config(folder)["model_type"])
+    mine = tuple(f"{module}." for module in (family.encoder, *family.head))
+    return (
+        {key: tensor for key, tensor in weights.items() if key.startswith(mine)}
+        if any(key.startswith(mine[0]) for key in weights)
+        else weights
+    )
+
+
+def _write(config: Mapping[str, Any], weights: Mapping[str, Tensor], out: Path) -> None:
+    from safetensors.torch import save_file
+
+    (out / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, out / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def _vocabulary_name(folder: Path, names: Collection[str]) -> str:

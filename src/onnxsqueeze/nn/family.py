@@ -25,6 +25,7 @@ class Family:
     classes: str  # prefix of its classes in transformers: <classes>Config, <classes>ForSequenceClassification
     encoder: str  # attribute of the classification model that holds the encoder
     words: str  # below the encoder: the module that holds the vocabulary matrix, one row a token
+    positions: str  # below the encoder: the module that holds the table of positions
     layers: str  # below the encoder: the list of layers
     attention: tuple[str, ...]  # linear modules inside one layer: query, key, value, output
     feed_forward: tuple[str, ...]  # linear modules inside one layer: in, out
@@ -53,7 +54,7 @@ class Family:
         return int(positions) - self.position_offset
 
 
-_WORDS = "embeddings.word_embeddings"
+_WORDS, _POSITIONS = "embeddings.word_embeddings", "embeddings.position_embeddings"
 _BERT_ATTENTION = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
 _BERT_FEED_FORWARD = ("intermediate.dense", "output.dense")
 
@@ -62,6 +63,7 @@ BERT = Family(
     classes="Bert",
     encoder="bert",
     words=_WORDS,
+    positions=_POSITIONS,
     layers="encoder.layer",
     attention=_BERT_ATTENTION,
     feed_forward=_BERT_FEED_FORWARD,
@@ -80,6 +82,7 @@ DISTILBERT = Family(
     classes="DistilBert",
     encoder="distilbert",
     words=_WORDS,
+    positions=_POSITIONS,
     layers="transformer.layer",
     attention=("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
     feed_forward=("ffn.lin1", "ffn.lin2"),
@@ -98,6 +101,7 @@ ROBERTA = Family(
     classes="Roberta",
     encoder="roberta",
     words=_WORDS,
+    positions=_POSITIONS,
     layers="encoder.layer",
     attention=_BERT_ATTENTION,
     feed_forward=_BERT_FEED_FORWARD,
@@ -116,6 +120,7 @@ ELECTRA = Family(
     classes="Electra",
     encoder="electra",
     words=_WORDS,
+    positions=_POSITIONS,
     layers="encoder.layer",
     attention=_BERT_ATTENTION,
     feed_forward=_BERT_FEED_FORWARD,

@@ -17,6 +17,7 @@ from onnxsqueeze.stages.finetune import Finetune
 from onnxsqueeze.stages.float16 import Float16
 from onnxsqueeze.stages.optimize_graph import OptimizeGraph
 from onnxsqueeze.stages.pack import Pack
+from onnxsqueeze.stages.prune_positions import PrunePositions
 from onnxsqueeze.stages.prune_structure import PruneStructure
 from onnxsqueeze.stages.prune_vocabulary import PruneVocabulary
 from onnxsqueeze.stages.prune_weights import PruneWeights
@@ -41,6 +42,7 @@ AnyStage = Annotated[
     | EarlyExit
     | DropTokens
     | PruneVocabulary
+    | PrunePositions
     | Export
     | QuantizeDynamic
     | QuantizeStatic
@@ -66,6 +68,7 @@ __all__ = [
     "Float16",
     "OptimizeGraph",
     "Pack",
+    "PrunePositions",
     "PruneStructure",
     "PruneVocabulary",
     "PruneWeights",
