@@ -132,8 +132,8 @@ def test_a_wrong_type_and_a_value_out_of_bounds_say_what_was_found(write) -> Non
         ),
         (
             "stages: [{kind: export}, {kind: quantize-dynamic}]",
-            "stages: [{kind: train-quantized, activations: static, per_channel: false}, {kind: export}]",
-            "per_channel: false needs activations: dynamic",
+            "stages: [{kind: train-quantized, activations: static}, {kind: export}, {kind: quantize-static, calibration: entropy}]",
+            "'quantize-static' behind it has calibration: entropy, which training does not know",
         ),
         ("name: small", "name: small\n    baseline: true", "backend cpu has the baseline 'fp32' already"),
         ("    after: finetune\n", "", "a baseline is the teacher exported, untouched: `after: finetune`"),

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from onnx import numpy_helper
 from pydantic import ValidationError
 
 from dequantize import errors, matrices
 from exports import build, distance, export
-from models import FAMILIES, FamilyName
+from models import FAMILIES, FamilyName, artifact
 from onnxsqueeze import graph, weights
 from onnxsqueeze.errors import StageError
-from onnxsqueeze.stages import calibration
+from onnxsqueeze.stages import calibration, modules, smoothing
+from onnxsqueeze.stages.calibrated import Watch
 from onnxsqueeze.stages.quantize_static import QuantizeStatic
 
 
@@ -54,6 +57,109 @@ def test_activation_ranges_are_the_smallest_and_largest_values_of_the_training_r
     stored = matrices(small.onnx)
     assert stored[f"{name}_scale"] == pytest.approx((values.max() - values.min()) / 255, rel=1e-5)
     assert stored[f"{name}_zero_point"] == round(-values.min() / (values.max() - values.min()) * 255)
+
+
+@pytest.mark.parametrize("settings", [
+    {"format": "qoperator"},
+    {"format": "qoperator", "per_channel": False},
+    {"per_channel": False},
+    {"activation_type": "int8"},
+    {"activation_type": "int8", "symmetric": True},
+    {"calibration": "moving-average"},
+    {"calibration": "entropy"},
+    {"calibration": "percentile", "percentile": 99.9},
+    {"smooth": 0.5},
+    {"smooth": 0.5, "format": "qoperator"},
+], ids=lambda settings: "-".join(str(value) for value in settings.values()))  # fmt: skip
+def test_every_form_rounds_weights_to_the_nearest_step_and_stays_close(tmp_path: Path, settings: dict[str, Any]) -> None:
+    parent, context = export(tmp_path, "bert")
+    small, changed = build(stage(**settings), parent, tmp_path / "int8", context)
+    graph.check(small.onnx, like=parent.onnx)
+    if "smooth" in settings:
+        assert changed.details["smoothed"] == 2 * 4 + 2, "of each layer four inputs of products, then the pooler and the classifier"
+    else:
+        found = errors(small.onnx, parent.onnx)
+        assert len(found) == 12 + 3 + 2
+        for name, (error, step) in found.items():
+            assert (error <= step * 0.501).all(), name
+    operators = graph.operators(small.onnx)
+    if settings.get("format") == "qoperator":
+        assert (operators["QLinearMatMul"], operators["com.microsoft.QGemm"]) == (12, 2)
+    else:
+        assert "QLinearMatMul" not in operators
+        assert operators["QuantizeLinear"] > 8
+    zero_points = [
+        values for name, values in matrices(small.onnx).items() if name.endswith(("output_0_zero_point", "output_0_smooth_zero_point"))
+    ]
+    assert {values.dtype.name for values in zero_points} == {settings.get("activation_type", "uint8")}
+    assert not settings.get("symmetric") or not any(values.any() for values in zero_points)
+    assert distance(parent, small, context) < 0.25
+
+
+def test_calibrations_give_other_ranges_and_percentile_the_narrower_the_smaller(tmp_path: Path) -> None:
+    parent, context = export(tmp_path, "bert")
+
+    def scales(**settings: Any) -> dict[str, float]:
+        small, _ = build(stage(**settings), parent, tmp_path / "-".join(map(str, settings.values())), context)
+        return {
+            name: float(values) for name, values in matrices(small.onnx).items() if name.endswith("output_0_scale") and values.ndim == 0
+        }
+
+    minmax = scales(calibration="minmax")
+    average = scales(calibration="moving-average")
+    wide, narrow = (scales(calibration="percentile", percentile=p) for p in (99.9, 95))
+    assert all(average[name] < minmax[name] for name in minmax if "LayerNorm" in name)
+    assert all(narrow[name] < wide[name] <= minmax[name] * 1.001 for name in minmax if "LayerNorm" in name)
+    assert scales(calibration="entropy") != minmax
+
+
+def test_smoothing_moves_size_from_activations_to_weights_and_the_function_stays(tmp_path: Path) -> None:
+    parent, context = export(tmp_path, "bert")
+    model = graph.load(parent.onnx)
+    nodes = modules.weighted(model)
+    norm = next(
+        node for node in model.graph.node if "layer.0/attention/output/LayerNorm" in node.name and node.op_type == "LayerNormalization"
+    )
+    gains = np.ones(32, np.float32)
+    gains[:2] = 60  # two channels that a step for all would let swallow the others
+    model.graph.initializer.append(numpy_helper.from_array(gains, "gains"))
+    norm.input[1] = "gains"
+    steep = tmp_path / "steep"
+    shutil.copytree(parent.path, steep)
+    graph.save(model, steep)
+    source = artifact(steep, "onnx")
+
+    smoothed = graph.load(source.onnx)
+    products = [node for group in modules.weighted(smoothed).values() for node in group if node.op_type != "Gather"]
+    (tmp_path / "scratch").mkdir()
+    watch = Watch(smoothed, [node.input[0] for node in products], tmp_path / "scratch", 1)
+    rows = list(calibration.feeds(source.onnx, context, 64))
+    largest = smoothing.channels(watch(rows))
+    assert smoothing.smooth(smoothed, products, largest, 0.5) == len({node.input[0].removesuffix("_smooth") for node in products})
+    float_again = tmp_path / "float"
+    shutil.copytree(steep, float_again)
+    graph.save(smoothed, float_again)
+    assert distance(source, artifact(float_again, "onnx"), context) < 1e-4
+
+    name = nodes["bert.encoder.layer.0.intermediate.dense"][0].input[0]
+    before = largest[name]
+    after = smoothing.channels(Watch(smoothed, [f"{name}_smooth"], tmp_path / "scratch", 1)(rows))[f"{name}_smooth"]
+    assert after.max() / np.median(after) < 0.5 * before.max() / np.median(before)
+    plain, better = (build(stage(smooth=alpha, op_types=["MatMul"]), source, tmp_path / f"{alpha}", context)[0] for alpha in (None, 0.5))
+    assert distance(source, better, context) < distance(source, plain, context)
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    for wrong, message in (
+        ({"percentile": 99}, "percentile needs calibration: percentile"),
+        ({"symmetric": True}, "symmetric needs activation_type: int8"),
+        ({"quantize_bias": False, "op_types": ["MatMul"], "format": "qoperator"}, "quantize_bias: false needs format: qdq"),
+        ({"smooth": 1.5}, "less than or equal to 1"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            stage(**wrong)
+    assert "no kernel for QLinearMatMul" in (stage(format="qoperator").refuses("cuda") or "")
+    assert stage().refuses("cuda") is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,11 +225,11 @@ def test_biases_stay_float_where_a_backend_has_no_kernel_for_others(tmp_path: Pa
     whole, _ = build(stage(), parent, tmp_path / "whole", context)
     apart, _ = build(stage(quantize_bias=False, op_types=["MatMul", "Gather"]), parent, tmp_path / "apart", context)
     loaded = {}
-    for name, artifact in (("whole", whole), ("apart", apart)):
+    for name, made in (("whole", whole), ("apart", apart)):
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(tmp_path / f"{name}.onnx")
-        ort.InferenceSession(str(artifact.onnx), options, providers=["CPUExecutionProvider"])
+        ort.InferenceSession(str(made.onnx), options, providers=["CPUExecutionProvider"])
         model = onnx.load(tmp_path / f"{name}.onnx")
         int32 = {tensor.name for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT32}
         loaded[name] = sum(node.op_type == "DequantizeLinear" and node.input[0] in int32 for node in model.graph.node)

@@ -11,6 +11,7 @@ from exports import build, distance, export
 from models import FAMILIES, FamilyName
 from onnxsqueeze import graph, weights
 from onnxsqueeze.errors import StageError
+from onnxsqueeze.stages.quantize_dynamic import QuantizeDynamic
 from onnxsqueeze.stages.quantize_weights import QuantizeWeights
 
 
@@ -28,10 +29,30 @@ def test_every_weight_is_within_half_a_step_of_its_block(tmp_path: Path, family:
     for name, (error, step) in found.items():
         assert (error <= step * 0.501).all(), name
     written = graph.operators(small.onnx)
-    assert changed.count == written["com.microsoft.MatMulNBits"] == (13 if family == "electra" else 12)
+    assert written["com.microsoft.MatMulNBits"] == (13 if family == "electra" else 12)
     assert changed.details["embedding_tables"] == written["com.microsoft.GatherBlockQuantized"] == (2 if family == "distilbert" else 3)
-    assert len(found) == changed.count + changed.details["embedding_tables"]
+    assert len(found) == changed.count == written["com.microsoft.MatMulNBits"] + written["com.microsoft.GatherBlockQuantized"]
     assert distance(parent, small, context) < (0.05 if bits == 8 else 0.6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_four_bits_for_the_tables_alone_and_int8_behind_them_for_the_layers(tmp_path: Path, family: FamilyName) -> None:
+    parent, context = export(tmp_path, family)
+    tables, changed = build(stage(layers=False, embedding_bits=4, block_size=16), parent, tmp_path / "tables", context)
+    graph.check(tables.onnx, like=parent.onnx)
+    found = errors(tables.onnx, parent.onnx)
+    assert len(found) == changed.count == changed.details["embedding_tables"] == (2 if family == "distilbert" else 3)
+    for name, (error, step) in found.items():
+        assert (error <= step * 0.501).all(), name
+    stored = {w.dtype: w for w in weights.by_class(tables.onnx) if w.class_ == "embedding"}
+    values = sum(error.size for error, _ in found.values())
+    assert values <= stored["uint4"].n <= values * 1.1, "with the zero points"
+    both, _ = build(QuantizeDynamic(), tables, tmp_path / "both", context)
+    graph.check(both.onnx, like=parent.onnx)
+    operators = graph.operators(both.onnx)
+    assert operators["com.microsoft.GatherBlockQuantized"] == changed.count
+    assert operators["MatMulInteger"] >= 12
+    assert distance(parent, both, context) < 0.6
 
 
 def test_the_record_counts_weights_and_not_bytes(tmp_path: Path) -> None:
@@ -62,7 +83,13 @@ def test_a_stage_that_quantizes_nothing_is_an_error(tmp_path: Path) -> None:
 
 
 def test_bits_and_block_sizes_without_a_kernel_are_refused_before_anything_runs() -> None:
-    for wrong in ({"bits": 3}, {"block_size": 48}):
+    for wrong in (
+        {"bits": 3},
+        {"block_size": 48},
+        {"layers": False, "embeddings": False},
+        {"layers": False, "bits": 4},
+        {"embeddings": False, "embedding_bits": 4},
+    ):
         with pytest.raises(ValidationError):
             stage(**wrong)
 

@@ -53,20 +53,20 @@ def test_the_int8_file_computes_what_training_saw(tmp_path: Path, name: FamilyNa
     assert np.median(np.abs(got - seen)) < 0.05 * np.median(np.abs(in_float - seen))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_file_of_fixed_ranges_computes_what_training_saw(tmp_path: Path, name: FamilyName) -> None:
+@pytest.mark.parametrize(("name", "per_channel"), [*((name, True) for name in FAMILIES), ("bert", False)])
+def test_the_file_of_fixed_ranges_computes_what_training_saw(tmp_path: Path, name: FamilyName, per_channel: bool) -> None:
     """Also where training drew a part of the rows: ranges are measured among all, as the quantizer does."""
     parent = random_checkpoint(tmp_path / "parent", name)
-    stage = QUICK.model_copy(update={"activations": "static", "train_rows": 32, "samples": 40})
+    stage = QUICK.model_copy(update={"activations": "static", "train_rows": 32, "samples": 40, "per_channel": per_channel})
     out, _ = run_stage(stage, parent, tmp_path, teacher=parent)
     exported, _ = run_stage(Export(), out, tmp_path / "onnx", context=toy_context(tmp_path / "onnx"))
-    quantized, changed = run_stage(QuantizeStatic(samples=40), exported, tmp_path / "int8")
+    quantized, changed = run_stage(QuantizeStatic(samples=40, per_channel=per_channel), exported, tmp_path / "int8")
     got, texts = int8_logits(quantized / "model.onnx", 200, seed=5)
     model, family = checkpoint.load(out, toy_task())
     examples = encode(out, texts, 32)
     in_float = predict(model, family, examples)
     rows = calibration.padded_rows(out, toy_context(tmp_path), 40)
-    with fake.FakeQuantized(model, per_channel=True, bits=7 if changed.details["seven_bits"] else 8, static=True) as rounded:
+    with fake.FakeQuantized(model, per_channel=per_channel, bits=7 if changed.details["seven_bits"] else 8, static=True) as rounded:
         rounded.measure({name: batch[name] for name in family.inputs()} for batch in rows)
         seen = predict(model, family, examples)
 

@@ -82,6 +82,8 @@ def strip(model: onnx.ModelProto) -> None:
             item.doc_string = ""
             del item.metadata_props[:]
         for tensor in graph.initializer:
+            if not tensor.external_data:
+                tensor.ClearField("data_location")  # read from a file of its own, it says so still
             if not tensor.HasField("raw_data") and not tensor.external_data and tensor.data_type != onnx.TensorProto.STRING:
                 tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
 

@@ -183,9 +183,14 @@ def _content(tensor: onnx.TensorProto, index: _Index) -> tuple[str, int, int]:
     node, zero = scaled
     if node.op_type == "MatMulNBits":
         return _packed_content(node, values, zero)
-    point: NDArray[Any] = np.zeros(1, np.int32) if zero is None else numpy_helper.to_array(zero).astype(np.int32)
+    stated = {a.name: a.i for a in node.attribute}
+    bits = stated.get("bits", 8) if node.op_type == "GatherBlockQuantized" and dtype == "uint8" else 8
+    point: NDArray[Any] = np.zeros(1, np.int32) if zero is None else _unpack(numpy_helper.to_array(zero), bits).astype(np.int32)
+    if bits < 8:
+        dtype, values = f"uint{bits}", _unpack(values, bits)
+        point = point[:, : values.shape[1] // stated["block_size"]] if zero is not None else point
     if point.ndim == 1 and point.size > 1:  # one per channel
-        axis = next((a.i for a in node.attribute if a.name == "axis"), -1)
+        axis = 0 if stated.get("transB") else stated.get("axis", -1)  # QGemm may hold [outputs, inputs]
         point = np.expand_dims(point, tuple(k for k in range(values.ndim) if k != axis % values.ndim))
     elif point.ndim > 1 and point.shape != values.shape:  # one per block
         for axis in range(values.ndim):

@@ -11,6 +11,7 @@ from onnxsqueeze.stage import Changed, Stage
 
 OpType = Literal["MatMul", "Gemm", "Gather"]
 ReduceRange = Literal["auto"] | bool
+EXCLUDE = "Modules left in float: globs on their paths in PyTorch, such as `bert.encoder.layer.5.*`, `*.output.dense` or `classifier`"
 
 # x86 without VNNI: vpmaddubsw adds two uint8·int8 products in 16 bits and saturates there.
 # Source: onnxruntime's quantization documentation, "reduce_range".

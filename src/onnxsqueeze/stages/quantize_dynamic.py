@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -12,8 +13,9 @@ from onnxsqueeze import backends, graph
 from onnxsqueeze.artifact import MODEL_FILE, Artifact, copy_side_files
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.stage import Changed, Context, Stage, State
+from onnxsqueeze.stages import modules
 from onnxsqueeze.stages.chatter import captured
-from onnxsqueeze.stages.int8 import OpType, ReduceRange, count, depends_on_machine, seven_bits
+from onnxsqueeze.stages.int8 import EXCLUDE, OpType, ReduceRange, count, depends_on_machine, seven_bits
 
 if TYPE_CHECKING:
     import onnx
@@ -37,6 +39,7 @@ class QuantizeDynamic(Stage):
         "auto", description='7-bit weights; "auto": only where this CPU has no VNNI and 8 bits would saturate'
     )
     op_types: tuple[OpType, ...] = Field(("MatMul", "Gemm", "Gather"), min_length=1, description="Operators whose weights are quantized")
+    exclude: tuple[str, ...] | None = Field(None, min_length=1, description=EXCLUDE)
 
     def machine_bound(self) -> bool:
         """True where "auto" chose 7 bits for this CPU."""
@@ -48,15 +51,20 @@ class QuantizeDynamic(Stage):
 
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:  # noqa: ARG002, the contract's arguments
         """Write ``out/model.onnx``; raises StageError where nothing, or nothing of a named operator, was quantized."""
+        model = graph.load(parent.onnx)
+        left, names = modules.excluded(model, self.exclude, f"{self.name}: exclude")
         with captured(), tempfile.TemporaryDirectory(dir=out) as scratch:
             rough = Path(scratch) / MODEL_FILE
-            inference = self._quantize(graph.load(parent.onnx), rough)
+            inference = self._quantize(model, names, rough)
             written = graph.save(graph.load(rough), out)
+        modules.require_float(written, left, f"{self.name}: exclude")
         copy_side_files(parent.path, out)
-        details = {"seven_bits": seven_bits(self.reduce_range), "shape_inference": inference}
+        details: dict[str, Any] = {"seven_bits": seven_bits(self.reduce_range), "shape_inference": inference}
+        if left:
+            details["excluded"] = list(left)
         return count(self, self.op_types, parent.onnx, written, details)
 
-    def _quantize(self, model: onnx.ModelProto, target: Path) -> str:
+    def _quantize(self, model: onnx.ModelProto, excluded: Sequence[str], target: Path) -> str:
         """Write the quantized model; returns which attempt at shape inference did, and what it left out."""
         import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -76,6 +84,7 @@ class QuantizeDynamic(Stage):
                     per_channel=self.per_channel,
                     reduce_range=seven_bits(self.reduce_range),
                     weight_type=QuantType.QInt8,
+                    nodes_to_exclude=list(excluded),
                     extra_options=dict(options),
                 )
             except (RuntimeError, onnx.shape_inference.InferenceError) as error:  # "Unable to find data type for weight_name=…"

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from onnxsqueeze import graph
-from onnxsqueeze.artifact import MODEL_FILE, Artifact, copy_side_files
+from onnxsqueeze import backends, graph
+from onnxsqueeze.artifact import Artifact, copy_side_files
 from onnxsqueeze.stage import Changed, Context, Stage, State
-from onnxsqueeze.stages import calibration
+from onnxsqueeze.stages import calibrated, calibration, modules, smoothing
+from onnxsqueeze.stages.calibrated import Method, Watch
 from onnxsqueeze.stages.chatter import captured
-from onnxsqueeze.stages.int8 import OpType, ReduceRange, count, depends_on_machine, seven_bits
+from onnxsqueeze.stages.int8 import EXCLUDE, OpType, ReduceRange, count, depends_on_machine, seven_bits
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx
-    from numpy.typing import NDArray
 
 _PRODUCTS = ("MatMul", "Gemm")
 
 
 class QuantizeStatic(Stage):
-    """Quantize to 8 bits in QDQ form: symmetric int8 weights, one scale per output; uint8 activations, smallest to largest value seen.
+    """Quantize weights to symmetric int8, and activations to 8 bits within ranges that training rows have.
 
-    Inputs of products with a weight are quantized, their outputs and attention's own products are not: that is three times nearer
+    In QDQ form inputs of products with a weight are quantized, their outputs and attention's own products are not: that is three times nearer
     to float32 on MiniLM, and no slower. What else reads such an input, as a residual does, reads it unrounded. Embeddings (Gather) get
-    one scale a table. Source: onnxruntime.quantization.quantize_static.
+    one scale a table. As operators on integers (``qoperator``) products give their outputs in 8 bits, too. Source: onnxruntime.quantization's QDQQuantizer and
+    ONNXQuantizer; ranges: `onnxsqueeze.stages.calibrated`.
     """
 
     version: ClassVar[int] = 2  # 2: residuals are not rounded
@@ -38,21 +39,49 @@ class QuantizeStatic(Stage):
     uses_data: ClassVar[bool] = True
 
     kind: Literal["quantize-static"] = "quantize-static"
+    format: Literal["qdq", "qoperator"] = Field(
+        "qdq", description="Float operators between QuantizeLinear and DequantizeLinear, which sessions fuse, or operators on integers"
+    )
+    calibration: Method = Field(
+        "minmax",
+        description="How ranges come of what activations hold: their extremes, the rows' extremes on average, all but a few per mille of the values, or what loses least information",
+    )
+    percentile: float = Field(99.99, gt=50, le=100, description="Per cent of the values that lie within, with calibration: percentile")
     samples: int = Field(128, ge=1, description="Training rows to measure ranges on")
+    smooth: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="SmoothQuant's alpha: how much of large channels of activations goes to the weights; default: not at all",
+    )
+    activation_type: Literal["uint8", "int8"] = Field("uint8", description="Type of quantized activations")
+    symmetric: bool = Field(default=False, description="Ranges of activations symmetric about 0, as TensorRT wants them, with int8")
+    per_channel: bool = Field(default=True, description="One scale per output of a weight matrix, else one per matrix")
     reduce_range: ReduceRange = Field(
         "auto", description='7-bit weights; "auto": only where this CPU has no VNNI and 8 bits would saturate'
     )
     op_types: tuple[OpType, ...] = Field(("MatMul", "Gemm", "Gather"), min_length=1, description="Operators whose weights are quantized")
+    exclude: tuple[str, ...] | None = Field(None, min_length=1, description=EXCLUDE)
     quantize_bias: bool = Field(
         default=True,
         description="False: biases stay float32, also when ONNX Runtime loads the file; for CUDA, which has no kernel for int32 ones. Leaves Gemm out",
     )
 
     @model_validator(mode="after")
-    def _gemm_has_a_bias(self) -> Self:
+    def _settings_fit(self) -> Self:
         if not self.quantize_bias and "Gemm" in self.op_types:
             raise ValueError("quantize_bias: false needs op_types without Gemm: its bias is part of the product")
+        if not self.quantize_bias and self.format != "qdq":
+            raise ValueError("quantize_bias: false needs format: qdq")
+        if "percentile" in self.model_fields_set and self.calibration != "percentile":
+            raise ValueError(f"percentile needs calibration: percentile, got {self.calibration}")
+        if self.symmetric and self.activation_type != "int8":
+            raise ValueError("symmetric needs activation_type: int8; uint8 has no value for what is negative then")
         return self
+
+    def refuses(self, backend: str) -> str | None:
+        """Backends without kernels for products of integers."""
+        return backends.get(backend).refusal(("QLinearMatMul", "com.microsoft.QGemm")) if self.format == "qoperator" else None
 
     def machine_bound(self) -> bool:
         """True where "auto" chose 7 bits for this CPU."""
@@ -60,40 +89,80 @@ class QuantizeStatic(Stage):
 
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:  # noqa: ARG002, the contract's arguments
         """Write ``out/model.onnx``; raises StageError where nothing, or nothing of a named operator, was quantized."""
+        model = graph.load(parent.onnx)
+        left, names = modules.excluded(model, self.exclude, f"{self.name}: exclude")
+        rows = list(calibration.feeds(parent.onnx, context, self.samples))
         with captured(), tempfile.TemporaryDirectory(dir=out) as scratch:
-            from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-
-            rough = Path(scratch) / MODEL_FILE
-            reader = _Reader(parent.onnx, context, self.samples)
-            model = graph.load(parent.onnx)
-            constant = {tensor.name for tensor in model.graph.initializer}
-            quantize_static(
-                model,  # not the path: it would write beside the parent
-                rough,
-                reader,
-                quant_format=QuantFormat.QDQ,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                op_types_to_quantize=list(self.op_types),
-                per_channel=True,
-                reduce_range=seven_bits(self.reduce_range),
-                calibrate_method=CalibrationMethod.MinMax,
-                nodes_to_exclude=[
-                    node.name for node in model.graph.node if node.op_type in _PRODUCTS and not constant.intersection(node.input)
-                ],
-                extra_options={"WeightSymmetric": True, "OpTypesToExcludeOutputQuantization": list(_PRODUCTS)},
-            )
-            quantized = graph.load(rough)
-            _round_for_products_alone(quantized)
+            products, tables = self._quantizable(model, names)
+            smoothed = 0
+            if self.smooth is not None:
+                inputs = Watch(model, [node.input[0] for node in products], Path(scratch), context.threads)
+                smoothed = smoothing.smooth(model, products, smoothing.channels(inputs(rows)), self.smooth)
+                products, tables = self._quantizable(model, names)
+            seen = [node.input[0] for node in products] + [node.output[0] for node in tables]
+            seen += [node.output[0] for node in products] if self.format == "qoperator" else []
+            watch = Watch(model, list(dict.fromkeys(seen)), Path(scratch), context.threads)
+            found = calibrated.ranges(lambda: watch(rows), self.calibration, self.percentile)
+            quantized = self._quantize(model, found, names)
+            if self.format == "qdq":
+                _round_for_products_alone(quantized, frozenset(names))
             if not self.quantize_bias:
                 _keep_biases_apart(quantized)
             written = graph.save(quantized, out)
+        modules.require_float(written, left, f"{self.name}: exclude")
         copy_side_files(parent.path, out)
-        details = {"seven_bits": seven_bits(self.reduce_range), "calibration_rows": reader.rows}
+        details: dict[str, Any] = {
+            "seven_bits": seven_bits(self.reduce_range),
+            "calibration_rows": sum(len(feed["input_ids"]) for feed in rows),
+        }
+        if self.smooth is not None:
+            details["smoothed"] = smoothed
+        if left:
+            details["excluded"] = list(left)
         return count(self, self.op_types, parent.onnx, written, details)
 
+    def _quantizable(self, model: onnx.ModelProto, excluded: Sequence[str]) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
+        """(products, Gathers) whose weights are to be quantized."""
+        nodes = [
+            node
+            for group in modules.weighted(model).values()
+            for node in group
+            if node.op_type in self.op_types and node.name not in excluded
+        ]
+        return [node for node in nodes if node.op_type in _PRODUCTS], [node for node in nodes if node.op_type not in _PRODUCTS]
 
-def _round_for_products_alone(model: onnx.ModelProto) -> None:
+    def _quantize(self, model: onnx.ModelProto, found: Mapping[str, calibrated.Range], excluded: Sequence[str]) -> onnx.ModelProto:
+        import numpy as np
+        from onnxruntime.quantization import CalibrationMethod, QuantizationMode, QuantType
+        from onnxruntime.quantization.calibrate import TensorData, TensorsData
+        from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
+        from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+        ends = {name: tuple(np.array(end, np.float32) for end in one) for name, one in found.items()}
+        data = TensorsData(CalibrationMethod.MinMax, {name: TensorData(lowest=low, highest=high) for name, (low, high) in ends.items()})
+        constant = {tensor.name for tensor in model.graph.initializer}
+        alone = [node.name for node in model.graph.node if node.op_type in _PRODUCTS and not constant.intersection(node.input)]
+        settings: tuple[Any, ...] = (
+            QuantType.QInt8,
+            QuantType.QInt8 if self.activation_type == "int8" else QuantType.QUInt8,
+            data,
+            [],
+            [*alone, *excluded],
+        )
+        options: dict[str, Any] = {"WeightSymmetric": True, "ActivationSymmetric": self.symmetric}
+        seven, operators = seven_bits(self.reduce_range), list(self.op_types)
+        if self.format == "qdq":
+            options["OpTypesToExcludeOutputQuantization"] = list(_PRODUCTS)
+            quantizer = QDQQuantizer(model, self.per_channel, seven, *settings, operators, options)
+        else:
+            quantizer = ONNXQuantizer(model, self.per_channel, seven, QuantizationMode.QLinearOps, True, *settings, operators, options)  # noqa: FBT003, static
+        quantizer.quantize_model()
+        quantizer.model.topological_sort()
+        quantized: onnx.ModelProto = quantizer.model.model
+        return quantized
+
+
+def _round_for_products_alone(model: onnx.ModelProto, excluded: frozenset[str]) -> None:
     """Let what is no product read the tensor before QuantizeLinear, where ONNX Runtime's quantizer gave every reader the rounded one.
 
     Rows of a table stay as they are: they lie on the table's grid already, and the pair behind a Gather is what lets it read integers.
@@ -107,7 +176,7 @@ def _round_for_products_alone(model: onnx.ModelProto) -> None:
             if source is None or source.op_type != "Gather" or maker.get(source.input[0], node).op_type != "DequantizeLinear":
                 before[node.output[0]] = quantizing.input[0]
     for node in model.graph.node:
-        if node.op_type not in _PRODUCTS:
+        if node.op_type not in _PRODUCTS or node.name in excluded:
             node.input[:] = [before.get(name, name) for name in node.input]
 
 
@@ -133,16 +202,3 @@ def _keep_biases_apart(model: onnx.ModelProto) -> None:
     kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
-
-
-class _Reader:
-    """Training rows in the form in which ONNX Runtime's calibrators ask for them: one batch a call, None at the end."""
-
-    def __init__(self, model: Path, context: Context, samples: int) -> None:
-        self._feeds = calibration.feeds(model, context, samples)
-        self.rows = 0
-
-    def get_next(self) -> dict[str, NDArray[np.int64]] | None:
-        feed = next(self._feeds, None)
-        self.rows += 0 if feed is None else len(feed["input_ids"])
-        return feed

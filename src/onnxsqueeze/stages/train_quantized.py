@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from onnxsqueeze.artifact import Artifact
 from onnxsqueeze.nn.settings import StatesTaughtSettings
@@ -16,6 +16,14 @@ from onnxsqueeze.stages import calibration
 from onnxsqueeze.stages.int8 import ReduceRange, depends_on_machine, seven_bits
 from onnxsqueeze.tasks.rows import SplitRows
 
+_SEEN = {
+    "exclude": None,
+    "format": "qdq",
+    "calibration": "minmax",
+    "smooth": None,
+    "activation_type": "uint8",
+    "symmetric": False,
+}  # of the quantizer
 _STEPS_PER_RANGES = 50  # static: after so many steps ranges are measured again, for less than a twentieth of the time
 
 
@@ -31,17 +39,9 @@ class TrainQuantized(StatesTaughtSettings):
     activations: Literal["dynamic", "static"] = Field(
         "dynamic", description="Which quantizer stands behind it: quantize-dynamic or quantize-static"
     )
-    per_channel: bool = Field(
-        default=True, description="As in quantize-dynamic: one scale per output of a weight matrix, else one per matrix"
-    )
+    per_channel: bool = Field(default=True, description="As in the quantizer: one scale per output of a weight matrix, else one per matrix")
     reduce_range: ReduceRange = Field("auto", description="As in the quantizer")
     samples: int = Field(128, ge=1, description="With static activations: training rows to measure ranges on, as in quantize-static")
-
-    @model_validator(mode="after")
-    def _static_is_per_channel(self) -> Self:
-        if self.activations == "static" and not self.per_channel:
-            raise ValueError("per_channel: false needs activations: dynamic; quantize-static has one scale per output")
-        return self
 
     def machine_bound(self) -> bool:
         """True where it is trained in bf16, or "auto" chose 7 bits for this CPU."""
@@ -62,6 +62,9 @@ class TrainQuantized(StatesTaughtSettings):
             own, its = getattr(self, name), getattr(quantizer, name, None)
             if its is not None and its != own:
                 return f"{name} is {own} here and {its} in {quantizer.name!r} behind it; training must see the grid of the file"
+        changed = next((name for name, usual in _SEEN.items() if getattr(quantizer, name, usual) != usual), None)
+        if changed:
+            return f"{quantizer.name!r} behind it has {changed}: {getattr(quantizer, changed)}, which training does not know; leave it out there"
         return None
 
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:
