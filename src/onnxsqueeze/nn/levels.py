@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from onnxsqueeze.nn.few_values import Replaced
 
 Method = Literal["binary-greedy", "binary", "ternary", "code-book"]
 
@@ -82,7 +83,7 @@ def _code_book(values: Tensor, count: int) -> Tensor:
     return book
 
 
-class OnLevels(nn.Module):
+class OnLevels(Replaced):
     """While entered, the named matrices of a model count as what they are nearest to; gradients reach the weights behind as if nothing was moved.
 
     `renew` takes new levels from the weights as they are; they are buffers, so they travel with the training's checkpoint. `settle` moves the weights
@@ -90,17 +91,10 @@ class OnLevels(nn.Module):
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], method: Method, bits: int, *, per_row: bool) -> None:
-        super().__init__()
-        self._model, self._names, self._method, self._bits, self._per_row = [model], list(names), method, bits, per_row
-        self._forwards: list[tuple[nn.Module, Any]] = []
+        super().__init__(model, names, per_row=per_row)
+        self._method, self._bits = method, bits
         for i, weight in enumerate(self._weights()):
             self.register_buffer(f"levels{i}", levels(self._rows(weight), method, bits))
-
-    def _weights(self) -> list[nn.Parameter]:
-        return [self._model[0].get_parameter(name) for name in self._names]
-
-    def _rows(self, weight: Tensor) -> Tensor:
-        return weight if self._per_row else weight.reshape(1, -1)
 
     @torch.no_grad()
     def renew(self) -> None:
@@ -115,28 +109,9 @@ class OnLevels(nn.Module):
         for i, weight in enumerate(self._weights()):
             weight.copy_(self._moved(i, weight))
 
+    def value(self, i: int, weight: Tensor) -> Tensor:
+        """Every weight on the nearest level."""
+        return weight + (self._moved(i, weight) - weight).detach()
+
     def _moved(self, i: int, weight: Tensor) -> Tensor:
         return nearest(self._rows(weight), self.get_buffer(f"levels{i}")).reshape(weight.shape).to(weight.dtype)
-
-    def __enter__(self) -> OnLevels:
-        for i, name in enumerate(self._names):
-            module = self._model[0].get_submodule(name.removesuffix(".weight"))
-            self._forwards.append((module, module.forward))
-            module.forward = self._forward(i, module)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for module, forward in self._forwards:
-            module.forward = forward
-        self._forwards.clear()
-
-    def _forward(self, i: int, module: nn.Module) -> Any:
-        def forward(given: Tensor) -> Tensor:
-            weight = module.get_parameter("weight")
-            moved = weight + (self._moved(i, weight) - weight).detach()
-            if isinstance(module, nn.Embedding):
-                return functional.embedding(given, moved, module.padding_idx)
-            assert isinstance(module, nn.Linear)  # noqa: S101  # no other module has a matrix
-            return functional.linear(given, moved, module.bias)
-
-        return forward
