@@ -55,15 +55,14 @@ def _binary(values: Tensor, bits: int, alternations: int) -> Tensor:
     signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=bits)), device=values.device)  # [L, bits]
     scale = torch.stack(scales, 1)  # [rows, bits]
     for _ in range(alternations):
-        codes = _codes(values, scale @ signs.T)
-        chosen = signs[codes]  # [rows, n, bits]
+        chosen = signs[codes(values, scale @ signs.T)]  # [rows, n, bits]
         gram = chosen.transpose(1, 2) @ chosen + 1e-6 * torch.eye(bits, device=values.device)
         scale = torch.linalg.solve(gram, (chosen.transpose(1, 2) @ values[:, :, None]))[:, :, 0]
     return (scale @ signs.T).sort(dim=1).values
 
 
-def _codes(values: Tensor, every: Tensor) -> Tensor:
-    """Of each value the index of the nearest of its row's unsorted levels."""
+def codes(values: Tensor, every: Tensor) -> Tensor:
+    """Of each value of ``[rows, n]`` the index of the nearest of its row's levels ``every[rows, L]``, which need no order."""
     order = every.argsort(dim=1)
     ranked = every.gather(1, order)
     middles = (ranked[:, 1:] + ranked[:, :-1]) / 2
@@ -74,12 +73,17 @@ def _code_book(values: Tensor, count: int) -> Tensor:
     at = (torch.arange(count, device=values.device) + 0.5) / count
     ranked = values.sort(dim=1).values
     book = ranked[:, (at * values.shape[1]).long().clamp_max(values.shape[1] - 1)].clone()
+    return lloyd(values, book, torch.ones_like(values))
+
+
+def lloyd(values: Tensor, book: Tensor, importance: Tensor) -> Tensor:
+    """A sorted ``book[rows, L]`` after some rounds of Lloyd's algorithm on ``values[rows, n]``: every level in the weighted mean of what it is nearest to."""
     for _ in range(_LLOYD):
         middles = ((book[:, 1:] + book[:, :-1]) / 2).contiguous()
-        codes = torch.searchsorted(middles, values.contiguous())
-        sums = torch.zeros_like(book).scatter_add_(1, codes, values)
-        counts = torch.zeros_like(book).scatter_add_(1, codes, torch.ones_like(values))
-        book = torch.where(counts > 0, sums / counts.clamp_min(1), book).sort(dim=1).values
+        places = torch.searchsorted(middles, values.contiguous())
+        sums = torch.zeros_like(book).scatter_add_(1, places, values * importance)
+        mass = torch.zeros_like(book).scatter_add_(1, places, importance)
+        book = torch.where(mass > 0, sums / mass, book).sort(dim=1).values
     return book
 
 
