@@ -60,12 +60,13 @@ numbers = st.floats(-4, 4, width=16)
 @given(st.lists(st.tuples(numbers, st.sampled_from([0.0, 0.1, 1.0, 7.0])), min_size=1, max_size=12), st.integers(1, 3))
 @settings(max_examples=150, deadline=None)
 def test_clusters_of_a_short_row_are_the_best_of_all(row: list[tuple[float, float]], clusters: int) -> None:
-    values, importance = (torch.tensor([part]) for part in zip(*row, strict=True))
-    found = k_means(values, importance, clusters)
+    values, importance = zip(*row, strict=True)
+    one, says = torch.tensor([values]), torch.tensor([importance])
+    found = k_means(one, says, clusters)
 
     assert found.shape == (1, clusters)
     assert bool((found.diff(dim=1) >= 0).all())
-    assert off(values, importance, found).item() == pytest.approx(best(*zip(*row, strict=True), clusters), rel=1e-4, abs=1e-5)
+    assert off(one, says, found).item() == pytest.approx(best(values, importance, clusters), rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize(("clusters", "most"), [(2, 1.001), (4, 1.01), (16, 1.01)])

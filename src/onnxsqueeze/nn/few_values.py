@@ -18,8 +18,8 @@ from onnxsqueeze.nn.settings import FewValuesSettings
 from onnxsqueeze.tasks.rows import TaskInfo
 
 
-def names(settings: FewValuesSettings, model: nn.Module, family: Family) -> list[str]:
-    """The matrices that the settings are about."""
+def matrices(settings: FewValuesSettings, model: nn.Module, family: Family) -> list[str]:
+    """Names of the matrices that the settings are about."""
     return [*families.linear_weights(model, family), *(families.embedding_weights(model, family) if settings.embeddings else ())]
 
 

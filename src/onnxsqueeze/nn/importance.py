@@ -77,7 +77,7 @@ def _loss_with(model: PreTrainedModel, family: Family, asked: Asked, kept: Seque
 def fisher(model: PreTrainedModel, names: Sequence[str], asked: Asked) -> dict[str, Tensor]:
     """Of each named weight, in its shape, the mean of (∂ loss / ∂ weight)² over the batches: of rows that come alone, the empirical Fisher information's diagonal.
 
-    Source: Choi et al. 2017, "Towards the Limit of Network Quantization", sections 3.2 and 3.5, with squared gradients in place of second derivatives.
+    Source: Choi et al. 2017, "Towards the Limit of Network Quantization" (squared gradients as an alternative to second derivatives).
     """
     weights = [model.get_parameter(name) for name in names]
     found = [torch.zeros_like(weight) for weight in weights]

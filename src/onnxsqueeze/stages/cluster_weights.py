@@ -55,7 +55,7 @@ class ClusterWeights(FewValuesSettings):
 
         task = context.task
         model, family = checkpoint.load(parent.path, task)
-        names = few_values.names(self, model, family)
+        names = few_values.matrices(self, model, family)
         self._require_more_weights(model, names)
         training.place(model)
         books = clusters.CodeBooks(

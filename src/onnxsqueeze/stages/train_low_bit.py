@@ -40,7 +40,7 @@ class TrainLowBit(FewValuesSettings):
 
         task = context.task
         model, family = checkpoint.load(parent.path, task)
-        names = few_values.names(self, model, family)
+        names = few_values.matrices(self, model, family)
         training.place(model)
         moved = levels.OnLevels(model, names, self.method, self.bits, per_row=self.scope == "row")
         lessons = distillation.Distillation(self, model, family, context, parent, teacher)
