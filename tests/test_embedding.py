@@ -23,6 +23,7 @@ from onnxsqueeze.nn.batches import encode
 from onnxsqueeze.nn.embedder import pooled
 from onnxsqueeze.prepare import Request, prepare
 from onnxsqueeze.stage import Context, Stage
+from onnxsqueeze.stages.cluster_weights import ClusterWeights
 from onnxsqueeze.stages.distill import Distill
 from onnxsqueeze.stages.export import Export
 from onnxsqueeze.stages.factorize import Factorize
@@ -136,6 +137,7 @@ def test_the_file_gives_the_encoders_mean_of_states_and_reloads_as_a_plain_encod
         ShareLayers(distinct=1, start="even", **QUICK),
         TrainQuantized(**QUICK),
         TrainLowBit(**QUICK),
+        ClusterWeights(importance="magnitude", **QUICK),
     ],
     ids=lambda stage: stage.kind,
 )

@@ -216,6 +216,7 @@ def test_methods_combine_into_one_file(recipe: str, qdp: tuple[Outcome, list[str
 
 # What makes a recipe of recipes/methods/ fit a model of two layers.
 METHODS = {
+    "cluster-weights": ["cluster-weights.epochs=1"],
     "distill": [],
     "distill-small": [],
     "drop-tokens": ["drop-tokens.keep={0: 60}", "drop-tokens.epochs=1"],

@@ -18,6 +18,7 @@ from onnxsqueeze.nn.batches import encode
 from onnxsqueeze.nn.precision import effective, machine_bound
 from onnxsqueeze.nn.settings import TrainingSettings
 from onnxsqueeze.stage import Context, Progress
+from onnxsqueeze.stages.cluster_weights import ClusterWeights
 from onnxsqueeze.stages.distill import Distill
 from onnxsqueeze.stages.drop_tokens import DropTokens
 from onnxsqueeze.stages.early_exit import EarlyExit
@@ -66,6 +67,8 @@ STAGES: dict[str, TrainingSettings] = {
     "train-quantized": TrainQuantized(epochs=3, batch_size=16, learning_rate=1e-3),
     "train-quantized in fixed ranges": TrainQuantized(epochs=3, batch_size=16, learning_rate=1e-3, activations="static", train_rows=60),
     "train-low-bit": TrainLowBit(epochs=3, batch_size=16, learning_rate=1e-3, renew=3),
+    "cluster-weights": ClusterWeights(epochs=3, batch_size=16, learning_rate=1e-2, bits=2),
+    "cluster-weights that move": ClusterWeights(epochs=3, batch_size=16, learning_rate=1e-2, bits=2, reassign=3),
     "early-exit": EarlyExit(epochs=3, batch_size=16, learning_rate=1e-3, after=(0,)),
     "drop-tokens": DropTokens(epochs=3, batch_size=16, learning_rate=1e-3, keep={0: 60}),
 }

@@ -94,6 +94,25 @@ def test_zeros_among_values_that_differ_take_a_bit_each(dtype: str, zeros: float
     assert run(model)[0].tobytes() == values.tobytes()
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_rows_with_values_of_their_own_take_their_bits_and_their_list(bits: int, dtype: str) -> None:
+    rng = np.random.default_rng(bits)
+    lowest = np.zeros(40) if dtype == "int8" else np.arange(40) * 0.37
+    books = np.stack([rng.choice(np.arange(-128, 128), 2**bits, replace=False) + low for low in lowest]).astype(dtype)
+    values = np.take_along_axis(books, rng.integers(0, 2**bits, (40, 1000)), 1)
+    for made in (values, np.ascontiguousarray(values.T)):
+        packed = coding.pack(made)
+        if dtype == "int8" and bits >= 7:
+            assert packed is None, "the lists are longer than what codes save"
+            continue
+        assert isinstance(packed, coding.Levels)
+        assert packed.bytes < made.size * bits / 8 + books.nbytes + 1000
+        model = model_of(made)
+        files.pack(model)
+        assert run(model)[0].tobytes() == made.tobytes()
+
+
 def test_a_tensor_that_saves_too_little_stays() -> None:
     values = tensor(3, (200, 200), "int8", 250, 0.0, 28.0)
     packed = coding.pack(values)

@@ -1,4 +1,4 @@
-"""What whole layers and hidden units are worth, asked of some training rows before anything is trained."""
+"""What whole layers, hidden units and single weights are worth, asked of some training rows before anything is trained."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _BATCH = 32
 
 
 class Asked:
-    """``count`` training rows that a model is asked about; ``loss`` is the task's, mean over all of them. ``folder`` has the tokenizer."""
+    """``count`` training rows that a model is asked about, in batches; ``loss`` is the task's, mean over all of them. ``folder`` has the tokenizer."""
 
-    def __init__(self, model: PreTrainedModel, family: Family, folder: Path, context: Context, count: int) -> None:
+    def __init__(self, model: PreTrainedModel, family: Family, folder: Path, context: Context, count: int, batch: int = _BATCH) -> None:
         if context.task.embeds:
             raise StageError(
                 "rows are asked for the loss against their labels, and a model that embeds reads texts without labels",
-                remedy="let nothing be chosen by it: `choose: even` (distill), `start: even` (share-layers)",
+                remedy="let nothing be chosen by it: `choose: even` (distill), `start: even` (share-layers), `importance: magnitude` (cluster-weights)",
             )
         examples = encode(folder, spread(context.train.rows, count), context.task.max_length)
         self._model, self._family, self._examples, self._regression = model, family, examples, context.task.kind == "regression"
         self._labels = torch.tensor(examples.labels, device=training.device())
-        self._batches = by_length([len(row) for row in examples.encoded], _BATCH)
+        self._batches = by_length([len(row) for row in examples.encoded], batch)
         training.place(model)
 
     def losses(self) -> Iterator[tuple[Tensor, float]]:
@@ -72,6 +72,19 @@ def _loss_with(model: PreTrainedModel, family: Family, asked: Asked, kept: Seque
         return asked.loss()
     finally:
         setattr(model.get_submodule(parent), name, every)
+
+
+def fisher(model: PreTrainedModel, names: Sequence[str], asked: Asked) -> dict[str, Tensor]:
+    """Of each named weight, in its shape, the mean of (∂ loss / ∂ weight)² over the batches: of rows that come alone, the empirical Fisher information's diagonal.
+
+    Source: Choi et al. 2017, "Towards the Limit of Network Quantization" (squared gradients as an alternative to second derivatives).
+    """
+    weights = [model.get_parameter(name) for name in names]
+    found = [torch.zeros_like(weight) for weight in weights]
+    for value, share in asked.losses():
+        for total, gradient in zip(found, torch.autograd.grad(value, weights), strict=True):
+            total.add_(gradient.square(), alpha=share)
+    return dict(zip(names, found, strict=True))
 
 
 def hidden_units(model: PreTrainedModel, asked: Asked) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from onnxsqueeze.nn.few_values import Replaced
 
 Method = Literal["binary-greedy", "binary", "ternary", "code-book"]
 
@@ -54,15 +55,14 @@ def _binary(values: Tensor, bits: int, alternations: int) -> Tensor:
     signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=bits)), device=values.device)  # [L, bits]
     scale = torch.stack(scales, 1)  # [rows, bits]
     for _ in range(alternations):
-        codes = _codes(values, scale @ signs.T)
-        chosen = signs[codes]  # [rows, n, bits]
+        chosen = signs[codes(values, scale @ signs.T)]  # [rows, n, bits]
         gram = chosen.transpose(1, 2) @ chosen + 1e-6 * torch.eye(bits, device=values.device)
         scale = torch.linalg.solve(gram, (chosen.transpose(1, 2) @ values[:, :, None]))[:, :, 0]
     return (scale @ signs.T).sort(dim=1).values
 
 
-def _codes(values: Tensor, every: Tensor) -> Tensor:
-    """Of each value the index of the nearest of its row's unsorted levels."""
+def codes(values: Tensor, every: Tensor) -> Tensor:
+    """Of each value of ``[rows, n]`` the index of the nearest of its row's levels ``every[rows, L]``, which need no order."""
     order = every.argsort(dim=1)
     ranked = every.gather(1, order)
     middles = (ranked[:, 1:] + ranked[:, :-1]) / 2
@@ -73,16 +73,21 @@ def _code_book(values: Tensor, count: int) -> Tensor:
     at = (torch.arange(count, device=values.device) + 0.5) / count
     ranked = values.sort(dim=1).values
     book = ranked[:, (at * values.shape[1]).long().clamp_max(values.shape[1] - 1)].clone()
+    return lloyd(values, book, torch.ones_like(values))
+
+
+def lloyd(values: Tensor, book: Tensor, importance: Tensor) -> Tensor:
+    """A sorted ``book[rows, L]`` after some rounds of Lloyd's algorithm on ``values[rows, n]``: every level in the weighted mean of what it is nearest to."""
     for _ in range(_LLOYD):
         middles = ((book[:, 1:] + book[:, :-1]) / 2).contiguous()
-        codes = torch.searchsorted(middles, values.contiguous())
-        sums = torch.zeros_like(book).scatter_add_(1, codes, values)
-        counts = torch.zeros_like(book).scatter_add_(1, codes, torch.ones_like(values))
-        book = torch.where(counts > 0, sums / counts.clamp_min(1), book).sort(dim=1).values
+        places = torch.searchsorted(middles, values.contiguous())
+        sums = torch.zeros_like(book).scatter_add_(1, places, values * importance)
+        mass = torch.zeros_like(book).scatter_add_(1, places, importance)
+        book = torch.where(mass > 0, sums / mass, book).sort(dim=1).values
     return book
 
 
-class OnLevels(nn.Module):
+class OnLevels(Replaced):
     """While entered, the named matrices of a model count as what they are nearest to; gradients reach the weights behind as if nothing was moved.
 
     `renew` takes new levels from the weights as they are; they are buffers, so they travel with the training's checkpoint. `settle` moves the weights
@@ -90,17 +95,10 @@ class OnLevels(nn.Module):
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], method: Method, bits: int, *, per_row: bool) -> None:
-        super().__init__()
-        self._model, self._names, self._method, self._bits, self._per_row = [model], list(names), method, bits, per_row
-        self._forwards: list[tuple[nn.Module, Any]] = []
+        super().__init__(model, names, per_row=per_row)
+        self._method, self._bits = method, bits
         for i, weight in enumerate(self._weights()):
             self.register_buffer(f"levels{i}", levels(self._rows(weight), method, bits))
-
-    def _weights(self) -> list[nn.Parameter]:
-        return [self._model[0].get_parameter(name) for name in self._names]
-
-    def _rows(self, weight: Tensor) -> Tensor:
-        return weight if self._per_row else weight.reshape(1, -1)
 
     @torch.no_grad()
     def renew(self) -> None:
@@ -115,28 +113,9 @@ class OnLevels(nn.Module):
         for i, weight in enumerate(self._weights()):
             weight.copy_(self._moved(i, weight))
 
+    def value(self, i: int, weight: Tensor) -> Tensor:
+        """Every weight on the nearest level."""
+        return weight + (self._moved(i, weight) - weight).detach()
+
     def _moved(self, i: int, weight: Tensor) -> Tensor:
         return nearest(self._rows(weight), self.get_buffer(f"levels{i}")).reshape(weight.shape).to(weight.dtype)
-
-    def __enter__(self) -> OnLevels:
-        for i, name in enumerate(self._names):
-            module = self._model[0].get_submodule(name.removesuffix(".weight"))
-            self._forwards.append((module, module.forward))
-            module.forward = self._forward(i, module)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for module, forward in self._forwards:
-            module.forward = forward
-        self._forwards.clear()
-
-    def _forward(self, i: int, module: nn.Module) -> Any:
-        def forward(given: Tensor) -> Tensor:
-            weight = module.get_parameter("weight")
-            moved = weight + (self._moved(i, weight) - weight).detach()
-            if isinstance(module, nn.Embedding):
-                return functional.embedding(given, moved, module.padding_idx)
-            assert isinstance(module, nn.Linear)  # noqa: S101  # no other module has a matrix
-            return functional.linear(given, moved, module.bias)
-
-        return forward

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -107,6 +107,19 @@ class StatesTaughtSettings(TaughtSettings):
     def loss_weights(self) -> LossWeights:
         """With the hidden states."""
         return replace(super().loss_weights(), hidden=self.alpha_hidden)
+
+
+class FewValuesSettings(StatesTaughtSettings):
+    """Training that ends with every weight of the layers on one of few values. What shares them, and what the record says of it: `onnxsqueeze.nn.few_values`."""
+
+    scope: Literal["row", "matrix"] = Field("row", description="Who shares values: the weights of one output, or of one matrix")
+    embeddings: bool = Field(default=False, description="The tables of words, positions and token types, too")
+
+    @model_validator(mode="after")
+    def _moves_nothing_frozen(self) -> Self:
+        if self.embeddings and self.freeze_embeddings:
+            raise ValueError("embeddings and freeze_embeddings exclude each other: what is moved must be trained")
+        return self
 
 
 class AugmentedSettings(TaughtSettings):

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 NODE_BYTES, TENSOR_BYTES = 30, 20  # about what a node and a tensor take beside its data
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # widths that fill bytes
 _MOST_CODED = 4096  # of a list; rarer values are listed one by one
-_MOST_LEVELS = 16  # of a row or column
+_MOST_LEVELS = 256  # of a row or column: a rank is a byte
 _CHOSEN = frozenset({"int8", "uint8", "int32", "int64"})  # `Where` keeps their bits; of floats it loses the sign of zero
 _TYPES = _CHOSEN | frozenset({"int16", "uint16", "float16", "float32", "float64"})
 
@@ -203,17 +203,22 @@ def _levels(matrix: Values, axis: int, least_saving: float) -> Iterator[Levels]:
     """``axis`` 1: each row by itself; 0: each column."""
     held = _bits(np.ascontiguousarray(matrix))
     lines = held if axis else np.ascontiguousarray(held.T)
-    if lines.shape[1] <= _MOST_LEVELS or len(np.unique(lines[0])) > _MOST_LEVELS:  # most matrices end here
+    if not _shrinks(lines[0], len(np.unique(lines[0]))):  # most matrices end here
         return
     own = [np.unique(line) for line in lines]
     most = max(len(one) for one in own)
-    if not 1 < most <= _MOST_LEVELS:
+    if most == 1 or not _shrinks(lines[0], most):
         return
     book = np.stack([np.resize(one, most) for one in own]).view(matrix.dtype)
     ranks = np.stack([np.searchsorted(one, line) for one, line in zip(own, lines, strict=True)]).astype(np.uint8)
     yield Levels(
         matrix.shape, axis, book if axis else np.ascontiguousarray(book.T), stream((ranks if axis else ranks.T).reshape(-1), least_saving)
     )
+
+
+def _shrinks(line: Values, levels: int) -> bool:
+    """Whether ranks of a fixed width and a list of the levels take fewer bytes than the line itself."""
+    return levels <= _MOST_LEVELS and levels * line.itemsize + len(line) * (levels - 1).bit_length() / 8 < line.nbytes
 
 
 def _coded(flat: Values, values: Values, inverse: NDArray[np.intp], counts: NDArray[np.intp], least_saving: float) -> Stream:

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from onnxsqueeze.stages.branch_exits import BranchExits
+from onnxsqueeze.stages.cluster_weights import ClusterWeights
 from onnxsqueeze.stages.distill import Distill
 from onnxsqueeze.stages.distill_small import DistillSmall
 from onnxsqueeze.stages.drop_tokens import DropTokens
@@ -39,6 +40,7 @@ AnyStage = Annotated[
     | ShareLayers
     | TrainQuantized
     | TrainLowBit
+    | ClusterWeights
     | EarlyExit
     | DropTokens
     | PruneVocabulary
@@ -58,6 +60,7 @@ AnyStage = Annotated[
 __all__ = [
     "AnyStage",
     "BranchExits",
+    "ClusterWeights",
     "Distill",
     "DistillSmall",
     "DropTokens",
