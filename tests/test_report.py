@@ -19,7 +19,7 @@ from onnxsqueeze.report.markdown import markdown
 from onnxsqueeze.report.summary import Row, tables, useless_zeros
 from onnxsqueeze.report.terminal import print_summary
 from onnxsqueeze.report.write import write_reports
-from onnxsqueeze.results import Gate, Results, Target, VsParent, WeightClass
+from onnxsqueeze.results import Gate, Results, StageRecord, Target, VsParent, WeightClass
 from records import cpu_targets, drop, latency, measured, qdp_results, stage, versus, weights
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -105,6 +105,24 @@ def test_skipped_and_failed_rows_carry_reason_and_remedy() -> None:
 def test_a_slower_target_is_marked_so() -> None:
     assert "slower than its baseline fp32" in row_of(qdp_results(), "int4-ort").warnings
     assert not any("slower" in w for w in row_of(qdp_results(), "qdp-ort").warnings)
+
+
+def test_sensitivities_are_a_table_and_bars_and_trials_say_what_stayed_in_float() -> None:
+    target = next(t for t in cpu_targets() if t.name == "qdp-ort")
+    found = [
+        {"module": "bert.encoder.layer.1.output.dense", "sensitivity": 0.02, "float_bytes": 2_359_296, "float": True},
+        {"module": "classifier", "sensitivity": 0.005, "float_bytes": 3_072, "float": False},
+    ]
+    trials = [
+        {"float": [], "selection": 0.8, "kept": False},
+        {"float": ["bert.encoder.layer.1.output.dense"], "selection": 0.9, "kept": True},
+    ]
+    auto = StageRecord(id="auto", kind="quantize-auto", seconds=1, changed={"details": {"sensitivities": found, "quantize_trials": trials}})
+    text = markdown([only(target, stages=(auto,))])
+    assert f"| qdp-ort | bert.encoder.layer.1.output.dense | 0.02 | 2.36 | float32 | {'█' * 24} |" in text
+    assert re.search(r"\| classifier \| 0.005 \| 0\.\d+ \| int8 \| █{6} \|", text)
+    assert "| qdp-ort | 1 | nothing | 80.0 | rejected |" in text
+    assert "| qdp-ort | 2 | bert.encoder.layer.1.output.dense | 90.0 | kept |" in text
 
 
 def test_a_target_slower_than_what_it_was_made_from_says_so() -> None:

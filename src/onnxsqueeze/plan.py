@@ -197,6 +197,8 @@ class _Planner:
             "settings": stage.model_dump(mode="json", exclude={"id", "teacher", *stage.text_files, *stage.models}, exclude_none=True),
             "parent": parent_key,
         }
+        if stage.parts():
+            causes["parts"] = {part.kind: part.version for part in stage.parts()}
         if not (self.any_machine and stage.gives == "checkpoint"):
             causes["tools"] = {name: _version(name) for name in stage.tools}
             if stage.machine_bound():

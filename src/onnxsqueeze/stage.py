@@ -129,6 +129,10 @@ class Stage(BaseModel):
         """True where the bytes depend on the CPU (bf16 training, tuned graphs): CPU model, instruction set and threads join the key."""
         return False
 
+    def parts(self) -> tuple[Stage, ...]:
+        """Stages that this one runs inside itself: their versions join its key."""
+        return ()
+
     def given(self, state: State) -> State:  # noqa: ARG002  # for those who override it
         """What lies behind this stage where ``state`` lies before it."""
         return self.gives

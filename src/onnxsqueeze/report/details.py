@@ -27,6 +27,7 @@ from onnxsqueeze.report.running import execution, from_text, load, resources, sh
 from onnxsqueeze.report.summary import Table, run_title, tables, useless_zeros
 from onnxsqueeze.results import Latency, Results, StageRecord, Target
 
+_BAR = 24  # characters of the longest bar
 _DETAIL_CHARACTERS = 160  # of what a stage says it changed; results.json holds all of it
 _SHA_CHARACTERS = 16
 
@@ -61,6 +62,8 @@ def run_grids(results: Results) -> list[Grid]:
         _environment(results),
         _weights(measured),
         _trials(measured),
+        _sensitivities(measured),
+        _quantize_trials(measured),
         _vocabularies(results),
         _stages(results),
         _operators(measured),
@@ -258,6 +261,33 @@ def _trials(targets: Sequence[Target]) -> Grid:
                 rows.append((target.name, str(trial["round"]), what, milliseconds(trial["p50_ms"]), ratio))
     note = "Times of graphs measured in turns; × faster is against all forms of the same round. The form whose absence helps most goes, then the rest is tried again; one that quantizes otherwise stays only where the graph without it is slower."
     return grid("Tuning", "Target|#Round|Graph|#p50, ms|#× faster [95 %]", rows, note=note, secondary=True)
+
+
+def _sensitivities(targets: Sequence[Target]) -> Grid:
+    """What each module quantized alone does to the answers, the worst first, as a table and as bars."""
+    rows = []
+    for target in targets:
+        for stage in target.stages:
+            found = (stage.changed.get("details") or {}).get("sensitivities") or []
+            most = max((one["sensitivity"] for one in found), default=0) or 1
+            for one in found:
+                bar = "█" * round(_BAR * max(one["sensitivity"], 0) / most) or "▏"
+                left = "float32" if one["float"] else "int8"
+                rows.append((target.name, one["module"], f"{one['sensitivity']:.3g}", megabytes(one["float_bytes"]), left, bar))
+    note = "Each module quantized alone: how far the answers move (Kullback-Leibler divergence of classes, 1 - cosine of vectors, squared change of scores by their variance), or by how much the selection score falls; see the stage's sensitivity_of."
+    return grid("Sensitivity to quantization", "Target|Module|#Sensitivity|#MB in float32|Stays|", rows, note=note, secondary=True)
+
+
+def _quantize_trials(targets: Sequence[Target]) -> Grid:
+    """What was quantized and scored on the selection split until the score held."""
+    rows = []
+    for target in targets:
+        for stage in target.stages:
+            for i, trial in enumerate((stage.changed.get("details") or {}).get("quantize_trials") or [], 1):
+                left = ", ".join(trial["float"]) or "nothing"
+                kept = "kept" if trial["kept"] else "rejected"
+                rows.append((target.name, str(i), left, hundredths(trial["selection"]), trial.get("why") or kept))
+    return grid("Trials of quantization", "Target|#Trial|Left in float|#Selection score, %|Outcome", rows, secondary=True)
 
 
 def _operators(targets: Sequence[Target]) -> Grid:

@@ -22,6 +22,7 @@ from onnxsqueeze.stages.prune_positions import PrunePositions
 from onnxsqueeze.stages.prune_structure import PruneStructure
 from onnxsqueeze.stages.prune_vocabulary import PruneVocabulary
 from onnxsqueeze.stages.prune_weights import PruneWeights
+from onnxsqueeze.stages.quantize_auto import QuantizeAuto
 from onnxsqueeze.stages.quantize_dynamic import QuantizeDynamic
 from onnxsqueeze.stages.quantize_inc import QuantizeInc
 from onnxsqueeze.stages.quantize_static import QuantizeStatic
@@ -50,6 +51,7 @@ AnyStage = Annotated[
     | QuantizeStatic
     | QuantizeWeights
     | QuantizeInc
+    | QuantizeAuto
     | OptimizeGraph
     | BranchExits
     | Float16
@@ -75,6 +77,7 @@ __all__ = [
     "PruneStructure",
     "PruneVocabulary",
     "PruneWeights",
+    "QuantizeAuto",
     "QuantizeDynamic",
     "QuantizeInc",
     "QuantizeStatic",

@@ -13,7 +13,6 @@ from onnxsqueeze.errors import StageError, nearest
 if TYPE_CHECKING:
     import onnx
 
-OPERATORS = ("MatMul", "Gemm", "Gather")
 _WEIGHT = {"MatMul": 1, "Gemm": 1, "Gather": 0}  # which input may be the weight
 
 
@@ -59,10 +58,14 @@ def matching(paths: Iterable[str], globs: Sequence[str], setting: str) -> tuple[
 
 
 def excluded(model: onnx.ModelProto, globs: Sequence[str] | None, setting: str) -> tuple[tuple[str, ...], list[str]]:
-    """(module paths, names of their nodes) that ``globs`` leave in float; see `matching`."""
+    """(module paths, names of their nodes) that ``globs`` leave in float; see `matching`.
+
+    A Gemm has two names: quantize_dynamic makes a MatMul of it before it looks at what is excluded (onnxruntime.quantization's replace_gemm_with_matmul).
+    """
     held = weighted(model)
     paths = matching(held, globs, setting) if globs else ()
-    return paths, [node.name for path in paths for node in held[path]]
+    nodes = [node for path in paths for node in held[path]]
+    return paths, [node.name for node in nodes] + [f"{node.name}_MatMul" for node in nodes if node.op_type == "Gemm"]
 
 
 def require_float(written: Path, paths: Sequence[str], setting: str) -> None:
