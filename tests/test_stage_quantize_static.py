@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from onnxsqueeze.errors import StageError
 from onnxsqueeze.stages import calibration, modules, smoothing
 from onnxsqueeze.stages.calibrated import Watch
 from onnxsqueeze.stages.quantize_static import QuantizeStatic
+from onnxsqueeze.store import Store
 
 
 def stage(**settings: Any) -> QuantizeStatic:
@@ -94,6 +96,18 @@ def test_every_form_rounds_weights_to_the_nearest_step_and_stays_close(tmp_path:
     assert {values.dtype.name for values in zero_points} == {settings.get("activation_type", "uint8")}
     assert not settings.get("symmetric") or not any(values.any() for values in zero_points)
     assert distance(parent, small, context) < 0.25
+
+
+def test_ranges_are_kept_and_another_choice_of_modules_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, context = export(tmp_path, "bert")
+    fresh, _ = build(stage(exclude=["classifier"]), parent, tmp_path / "fresh", replace(context, kept=Store(tmp_path / "other")))
+    build(stage(), parent, tmp_path / "whole", context)
+    monkeypatch.setattr(Watch, "__call__", lambda *_: pytest.fail("the ranges were there"))
+    found, _ = build(stage(exclude=["classifier"]), parent, tmp_path / "found", context)
+    assert found.onnx.read_bytes() == fresh.onnx.read_bytes()
+    monkeypatch.undo()
+    other, _ = build(stage(calibration="percentile", percentile=95), parent, tmp_path / "percentile", context)
+    assert other.onnx.read_bytes() != found.onnx.read_bytes()
 
 
 def test_calibrations_give_other_ranges_and_percentile_the_narrower_the_smaller(tmp_path: Path) -> None:

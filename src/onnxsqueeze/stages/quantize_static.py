@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,11 +17,13 @@ from onnxsqueeze.stages import calibrated, calibration, modules, smoothing
 from onnxsqueeze.stages.calibrated import Method, Watch
 from onnxsqueeze.stages.chatter import captured
 from onnxsqueeze.stages.int8 import EXCLUDE, OpType, ReduceRange, count, depends_on_machine, seven_bits
+from onnxsqueeze.tasks.rows import rows_sha256, spread
 
 if TYPE_CHECKING:
     import onnx
 
 _PRODUCTS = ("MatMul", "Gemm")
+_OF_RANGES = {"format", "calibration", "percentile", "samples", "smooth", "op_types"}
 
 
 class QuantizeStatic(Stage):
@@ -99,10 +102,16 @@ class QuantizeStatic(Stage):
                 inputs = Watch(model, [node.input[0] for node in products], Path(scratch), context.threads)
                 smoothed = smoothing.smooth(model, products, smoothing.channels(inputs(rows)), self.smooth)
                 products, tables = self._quantizable(model, names)
-            seen = [node.input[0] for node in products] + [node.output[0] for node in tables]
-            seen += [node.output[0] for node in products] if self.format == "qoperator" else []
-            watch = Watch(model, list(dict.fromkeys(seen)), Path(scratch), context.threads)
-            found = calibrated.ranges(lambda: watch(rows), self.calibration, self.percentile)
+            # without smoothing the ranges of what is excluded are taken, too: so another choice of modules finds them
+            causes = {"model": parent.digest, **self.model_dump(mode="json", include=_OF_RANGES), "max_length": context.task.max_length}
+            causes |= {"rows": rows_sha256(spread(context.train.rows, self.samples)), "excluded": names if smoothed else []}
+            kept = context.kept.measurement("ranges", causes)
+            if kept is None:
+                seen = products + tables if smoothed else [node for part in self._quantizable(model, ()) for node in part]
+                found = self._ranges(model, seen, rows, Path(scratch), context)
+                context.kept.keep_measurement("ranges", causes, json.dumps(found).encode())
+            else:
+                found = json.loads(kept)
             quantized = self._quantize(model, found, names)
             if self.format == "qdq":
                 _round_for_products_alone(quantized, frozenset(names))
@@ -120,6 +129,15 @@ class QuantizeStatic(Stage):
         if left:
             details["excluded"] = list(left)
         return count(self, self.op_types, parent.onnx, written, details)
+
+    def _ranges(
+        self, model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], rows: Sequence[Mapping[str, Any]], scratch: Path, context: Context
+    ) -> dict[str, calibrated.Range]:
+        """Of what is quantized around ``nodes``: inputs of products, with ``qoperator`` their outputs, too, and rows of tables."""
+        names = [node.input[0] for node in nodes if node.op_type in _PRODUCTS]
+        names += [node.output[0] for node in nodes if node.op_type not in _PRODUCTS or self.format == "qoperator"]
+        watch = Watch(model, list(dict.fromkeys(names)), scratch, context.threads)
+        return calibrated.ranges(lambda: watch(rows), self.calibration, self.percentile)
 
     def _quantizable(self, model: onnx.ModelProto, excluded: Sequence[str]) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
         """(products, Gathers) whose weights are to be quantized."""
