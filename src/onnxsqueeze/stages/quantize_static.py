@@ -96,22 +96,12 @@ class QuantizeStatic(Stage):
         left, names = modules.excluded(model, self.exclude, f"{self.name}: exclude")
         rows = list(calibration.feeds(parent.onnx, context, self.samples))
         with captured(), tempfile.TemporaryDirectory(dir=out) as scratch:
-            products, tables = self._quantizable(model, names)
             smoothed = 0
             if self.smooth is not None:
+                products, _ = self._quantizable(model, names)
                 inputs = Watch(model, [node.input[0] for node in products], Path(scratch), context.threads)
                 smoothed = smoothing.smooth(model, products, smoothing.channels(inputs(rows)), self.smooth)
-                products, tables = self._quantizable(model, names)
-            # without smoothing the ranges of what is excluded are taken, too: so another choice of modules finds them
-            causes = {"model": parent.digest, **self.model_dump(mode="json", include=_OF_RANGES), "max_length": context.task.max_length}
-            causes |= {"rows": rows_sha256(spread(context.train.rows, self.samples)), "excluded": names if smoothed else []}
-            kept = context.kept.measurement("ranges", causes)
-            if kept is None:
-                seen = products + tables if smoothed else [node for part in self._quantizable(model, ()) for node in part]
-                found = self._ranges(model, seen, rows, Path(scratch), context)
-                context.kept.keep_measurement("ranges", causes, json.dumps(found).encode())
-            else:
-                found = json.loads(kept)
+            found = self._ranges(model, parent.digest, names if smoothed else [], rows, Path(scratch), context)
             quantized = self._quantize(model, found, names)
             if self.format == "qdq":
                 _round_for_products_alone(quantized, frozenset(names))
@@ -131,13 +121,27 @@ class QuantizeStatic(Stage):
         return count(self, self.op_types, parent.onnx, written, details)
 
     def _ranges(
-        self, model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], rows: Sequence[Mapping[str, Any]], scratch: Path, context: Context
+        self,
+        model: onnx.ModelProto,
+        digest: str,
+        excluded: Sequence[str],
+        rows: Sequence[Mapping[str, Any]],
+        scratch: Path,
+        context: Context,
     ) -> dict[str, calibrated.Range]:
-        """Of what is quantized around ``nodes``: inputs of products, with ``qoperator`` their outputs, too, and rows of tables."""
-        names = [node.input[0] for node in nodes if node.op_type in _PRODUCTS]
-        names += [node.output[0] for node in nodes if node.op_type not in _PRODUCTS or self.format == "qoperator"]
+        """Of every tensor that may be quantized but around the ``excluded`` nodes; kept, so that another choice of modules finds them. ``digest`` is the parent's."""
+        causes = {"model": digest, **self.model_dump(mode="json", include=_OF_RANGES), "excluded": list(excluded)}
+        causes |= {"rows": rows_sha256(spread(context.train.rows, self.samples)), "max_length": context.task.max_length}
+        kept = context.kept.measurement("ranges", causes)
+        if kept is not None:
+            return {name: (low, high) for name, (low, high) in json.loads(kept).items()}
+        products, tables = self._quantizable(model, excluded)
+        names = [node.input[0] for node in products] + [node.output[0] for node in tables]
+        names += [node.output[0] for node in products] if self.format == "qoperator" else []
         watch = Watch(model, list(dict.fromkeys(names)), scratch, context.threads)
-        return calibrated.ranges(lambda: watch(rows), self.calibration, self.percentile)
+        found = calibrated.ranges(lambda: watch(rows), self.calibration, self.percentile)
+        context.kept.keep_measurement("ranges", causes, json.dumps(found).encode())
+        return found
 
     def _quantizable(self, model: onnx.ModelProto, excluded: Sequence[str]) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
         """(products, Gathers) whose weights are to be quantized."""
