@@ -13,6 +13,7 @@ seeds, and each seed's value.
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import statistics
 import subprocess
@@ -20,10 +21,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from onnxsqueeze import timing
-from onnxsqueeze.measure.statistics import ratio_of_means_interval
 from onnxsqueeze.recipe import load
 from onnxsqueeze.results import Latency, Results, Target, read_results
 from onnxsqueeze.stages import Finetune
@@ -67,35 +64,31 @@ def run(task: str, method: str, seed: int, asked: argparse.Namespace) -> None:
 
 def table(title: str, folders: Sequence[Path]) -> str:
     """One line per target of one task: sizes and times of the first seed, the metric of all."""
-    records = [(folder, read_results(folder)) for folder in folders]
-    first = records[0][1]
+    records = [read_results(folder) for folder in folders]
+    first = records[0]
     primary, split = first.task.primary, first.task.splits[0]
     about = (
         f"{split.source} ({split.n} rows), {first.environment.cpu} ({first.environment.instruction_set}); times at batch 1, 1 thread. Trained on: rows and epochs of each"
-        " stage behind the teacher. Change: the paired difference from the fp32 teacher, the mean over seeds, with the interval of the first. ÷: the mean time of the"
-        " same run's int8 (the teacher's) by this one's, on the task's rows, each at its own length. Entropy: the weights by how often each value occurs (order 0), about what packing could reach."
+        " stage behind the teacher. Change: the paired difference from the fp32 teacher, the mean over seeds, with the interval of the first. ÷: the mean time of"
+        " int8 (the teacher's) by this one's, on the task's rows, each at its own length, both by way of fp32, beside which each was timed in turns. Entropy: the weights by how often each value occurs (order 0), about what packing could reach."
     )
     head = f"| target | trained on | MB | entropy, MB | smaller | p50 128, ms | faster | p50 32, ms | real lengths: mean, ms | int8's ÷ | {primary}, % | change, points (95 %) | each seed |"
     lines = [f"## {title}", "", about, "", head, "| --- " * 13 + "|"]
     seen: set[str] = set()
-    for folder, record in records:
+    for record in records:
         for target in record.targets:
             if target.status != "ok" or target.backend != "cpu" or target.name in seen:
                 continue
             seen.add(target.name)
             same = [
-                t
-                for _, other in records
-                if other.recipe == record.recipe
-                for t in other.targets
-                if t.name == target.name and t.status == "ok"
+                t for other in records if other.recipe == record.recipe for t in other.targets if t.name == target.name and t.status == "ok"
             ]
-            lines.append(_line(folder, record, target, same))
-    commands = [f"    {record.command}" for _, record in records]
+            lines.append(_line(record, target, same))
+    commands = [f"    {record.command}" for record in records]
     return "\n".join([*lines, "", *dict.fromkeys(commands)]) + "\n"
 
 
-def _line(folder: Path, record: Results, target: Target, same: Sequence[Target]) -> str:
+def _line(record: Results, target: Target, same: Sequence[Target]) -> str:
     assert target.latency is not None  # noqa: S101  # it was measured
     primary, split = record.task.primary, record.task.splits[0].name
     short = next((x for x in target.latencies if (x.lengths, x.sequence) == ("fixed", 32)), None)
@@ -111,7 +104,7 @@ def _line(folder: Path, record: Results, target: Target, same: Sequence[Target])
     cells += [
         _ms(short, short.p50_ms) if short else "–",
         _ms(task, task.mean_ms) if task and task.mean_ms else "–",
-        _by_int8(folder, record, target),
+        _by_int8(record, target),
     ]
     values = [t.metrics[split][primary].value for t in same]
     cells.append(f"{100 * statistics.fmean(values):.1f}")
@@ -150,18 +143,23 @@ def _at_own_lengths(target: Target) -> Latency | None:
     return next((x for x in target.latencies if x.lengths == "task"), None)
 
 
-def _by_int8(folder: Path, record: Results, target: Target) -> str:
-    """int8's mean time by the target's on the task's rows: both were measured in turns, process by process."""
+def _by_int8(record: Results, target: Target) -> str:
+    """int8's mean time by the target's on the task's rows, both by their ratio to the baseline that each was timed in turns with; it is found again from run to run, so their own times may be of other hours."""
     plain = next((t for t in record.targets if t.name == "int8"), None)
     if plain is None or target is plain or "fp32" in target.name:
         return "–"
-    over, under = (_blocks(folder, latency) for latency in (_at_own_lengths(plain), _at_own_lengths(target)) if latency)
-    return _ratio(np.concatenate(over).mean() / np.concatenate(under).mean(), ratio_of_means_interval(over, under))
+    over, under = _mean_speedup(target), _mean_speedup(plain)
+    if over is None or under is None:
+        return "–"
+    ratio = over[0] / under[0]
+    reach = math.exp(math.hypot(*(math.log(high / value) for value, high in (over, under))))
+    return _ratio(ratio, (ratio / reach, ratio * reach))
 
 
-def _blocks(folder: Path, latency: Latency) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], ...]:
-    """Every run of each process, in microseconds."""
-    return timing.by_process((folder / str(latency.samples)).read_bytes(), latency.processes)
+def _mean_speedup(target: Target) -> tuple[float, float] | None:
+    """(ratio of mean times to the baseline on the task's rows, the upper end of its interval)."""
+    found = next((one for one in target.extra.get("speedups", ()) if one["lengths"] == "task"), None)
+    return (found["mean_speedup"], found["mean_speedup_ci95"][1]) if found and found.get("mean_speedup") else None
 
 
 def main() -> None:
