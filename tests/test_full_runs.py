@@ -23,6 +23,15 @@ LITTLE = (
 )
 
 
+# quantize-auto quantizes MiniLM forty times; two modules show as much of a recipe
+FEWER = {
+    "quantization": [
+        "targets.dynamic-auto.stages.quantize-auto.quantizer={kind: quantize-dynamic, op_types: [Gemm]}",
+        "targets.static-auto.stages.quantize-auto.quantizer={kind: quantize-static, op_types: [Gemm]}",
+    ]
+}
+
+
 def one_epoch(file: Path) -> list[str]:
     """Overrides by which every stage of a recipe trains for one epoch."""
     recipe = load(file).recipe
@@ -39,7 +48,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_recipe_runs_on_the_real_model(file: Path, place: Path) -> None:
     if "stsb" in file.read_text(encoding="utf-8") and not os.environ.get("ONNXSQUEEZE_GLUE_DIR"):
         pytest.skip("ONNXSQUEEZE_GLUE_DIR does not name GLUE's files")
-    outcome, _ = run(file, place / file.stem, model=Path("minilm"), store=place / "store", overrides=[*LITTLE, *one_epoch(file)])
+    overrides = [*LITTLE, *one_epoch(file), *FEWER.get(file.stem, ())]
+    outcome, _ = run(file, place / file.stem, model=Path("minilm"), store=place / "store", overrides=overrides)
     assert outcome.exit_code == 0, outcome.problems
     for target in outcome.results.targets:
         assert target.status == "ok" or (target.backend != "cpu" and target.status == "skipped"), target.reason

@@ -87,6 +87,29 @@ def test_movement_keeps_what_training_moves_away_from_zero() -> None:
     assert masks.get_buffer("mask0").tolist() == [[False, False, True, False]]
 
 
+def test_by_movement_a_weight_comes_back_as_it_was_and_a_zero_of_before_does_not() -> None:
+    model = nn.Sequential(nn.Linear(4, 1, bias=False))
+    weight = model.get_parameter("0.weight")
+    with torch.no_grad():
+        weight.copy_(torch.tensor([[2.0, 3.0, 4.0, 0.0]]))
+    masks = Masks(model, [["0.weight"]], "movement")
+
+    def step(*gradient: float) -> None:
+        weight.grad = torch.tensor([gradient])
+        masks.watch()
+        masks.update(0.5)
+        masks.apply_()
+
+    step(1.0, -1.0, -1.0, -9.0)
+    assert weight.tolist() == [[0.0, 3.0, 4.0, 0.0]]
+    with torch.no_grad():
+        weight.add_(torch.tensor([[50.0, 0.5, 0.0, 50.0]]))  # what training does; what is pruned it cannot move
+    masks.apply_()
+    step(-5.0, -1.0, 1.5, -9.0)  # sums: -2 + 10, 3 + 3.5, 4 - 6
+    assert weight.tolist() == [[2.0, 3.5, 0.0, 0.0]]
+    assert masks.zeros() == 2
+
+
 @given(st.floats(0, 0.5), st.sampled_from([(2, 4), (1, 4), (4, 8), (1, 2)]))
 def test_of_every_row_of_m_only_n_stay_and_rows_are_thinned_whole(share: float, pattern: tuple[int, int]) -> None:
     n, m = pattern

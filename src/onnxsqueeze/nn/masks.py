@@ -20,9 +20,9 @@ class Masks(nn.Module):
 
     ``groups`` are lists of names: importances are compared within each. ``criterion``: "magnitude" is a weight's size; "movement" the sum of
     -weight · gradient over all steps that `watch` has seen, which is high where training moves a weight away from zero (Sanh et al. 2020, "Movement
-    Pruning", equation 4; masked weights have no gradient here, so they never come back). With ``pattern`` (n, m), of every m weights in a row of inputs
-    only the n most important stay, and what is pruned are whole rows of m: the share of them that has been thinned is sparsity · m ÷ (m - n).
-    Masks and scores are buffers, so they travel with the training's checkpoint.
+    Pruning", equation 4). By movement a pruned weight's sum goes on, with the value that it had, and it comes back with that where others become less
+    important; what was zero before stays so. With ``pattern`` (n, m), of every m weights in a row of inputs only the n most important stay, and what is pruned are
+    whole rows of m, for good: the share of them that has been thinned is sparsity · m ÷ (m - n). Masks, scores and values are buffers, so they travel with the training's checkpoint.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class Masks(nn.Module):
             self.register_buffer(f"mask{i}", weight.detach() != 0)
             if criterion == "movement":
                 self.register_buffer(f"score{i}", torch.zeros_like(weight))
+                self.register_buffer(f"value{i}", torch.zeros_like(weight))  # of what is pruned, as it was
 
     @torch.no_grad()
     def watch(self) -> None:
@@ -42,8 +43,10 @@ class Masks(nn.Module):
         if self._criterion == "movement":
             for i, weight in enumerate(self._weights):
                 if weight.grad is not None:
-                    self.get_buffer(f"score{i}").sub_(weight * weight.grad)
+                    value = torch.where(self.get_buffer(f"mask{i}"), weight, self.get_buffer(f"value{i}"))
+                    self.get_buffer(f"score{i}").sub_(value * weight.grad)
 
+    @torch.no_grad()
     def update(self, sparsity: float) -> None:
         """Prune until ``sparsity`` (0-1) of the weights of each group is zero."""
         start = 0
@@ -56,13 +59,24 @@ class Masks(nn.Module):
                 continue
             limit = _threshold(torch.cat([importance.flatten() for importance in importances]), sparsity)
             for i, importance in zip(group, importances, strict=True):
-                self.get_buffer(f"mask{i}").logical_and_(importance > limit)
+                self._keep(i, importance > limit)
 
     def _importance(self, i: int) -> Tensor:
-        """Of each weight; of a pruned one the least there is."""
-        found = self._weights[i].detach().abs() if self._criterion == "magnitude" else self.get_buffer(f"score{i}")
-        least = 0.0 if self._criterion == "magnitude" else float("-inf")
-        return found.masked_fill(~self.get_buffer(f"mask{i}"), least)
+        """Of each weight; of one that cannot come back the least there is."""
+        gone = ~self.get_buffer(f"mask{i}")
+        if self._criterion == "magnitude":
+            return self._weights[i].detach().abs().masked_fill(gone, 0.0)
+        gone = gone if self._pattern else gone & (self.get_buffer(f"value{i}") == 0)
+        return self.get_buffer(f"score{i}").masked_fill(gone, float("-inf"))
+
+    def _keep(self, i: int, chosen: Tensor) -> None:
+        """``chosen`` is the mask from now on."""
+        mask, weight = self.get_buffer(f"mask{i}"), self._weights[i]
+        if self._criterion == "movement":
+            value = self.get_buffer(f"value{i}")
+            value.copy_(torch.where(mask & ~chosen, weight, value))
+            weight.copy_(torch.where(chosen & ~mask, value, weight))
+        mask.copy_(chosen)
 
     def _thin(self, group: range, importances: Sequence[Tensor], sparsity: float, n: int, m: int) -> None:
         rows = [importance.reshape(-1, m) for importance in importances]
@@ -74,7 +88,7 @@ class Masks(nn.Module):
         for i, keep, thin in zip(group, keeps, torch.split(chosen, [len(part) for part in lost]), strict=True):
             mask = self.get_buffer(f"mask{i}")
             stay = torch.zeros_like(mask.reshape(-1, m)).scatter_(1, keep, value=True)
-            mask.logical_and_((stay | ~thin[:, None]).reshape(mask.shape))
+            self._keep(i, mask & (stay | ~thin[:, None]).reshape(mask.shape))
 
     @torch.no_grad()
     def apply_(self) -> None:

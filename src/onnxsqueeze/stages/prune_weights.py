@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,8 @@ class PruneWeights(TaughtSettings):
     Source: Zhu and Gupta 2017, "To prune, or not to prune" (schedule); Sanh et al. 2020, "Movement Pruning" (the criterion, and in section 4 a dense
     start, a recovery at the final sparsity, and distillation beside pruning); Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks" (2:4).
     """
+
+    version: ClassVar[int] = 2  # 2: by movement pruned weights may come back
 
     kind: Literal["prune-weights"] = "prune-weights"
     sparsity: float = Field(0.5, gt=0, lt=1, description="Share of the pruned matrices' weights that is zero in the end")
