@@ -40,7 +40,8 @@ _TOUCHED = ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES")  # neural-compressor se
 class QuantizeInc(Stage):
     """Quantize to int8 with neural-compressor: weights per output, embeddings too, activations by range at run time or fixed beforehand.
 
-    One configuration, no tuning. Source: neural_compressor.quantization.fit, PostTrainingQuantConfig.
+    With ``smooth`` each product's inputs are divided, channel by channel, by max|X|^alpha / max|W|^(1 - alpha), and its weights multiplied
+    by it. Source: neural_compressor.quantization.fit, PostTrainingQuantConfig; Xiao et al. 2023 (SmoothQuant), equation 4.
     """
 
     takes: ClassVar[tuple[State, ...]] = ("onnx",)
@@ -56,6 +57,12 @@ class QuantizeInc(Stage):
         "qoperator", description="Integer operators, or float ones between QuantizeLinear and DequantizeLinear, for GPUs (static)"
     )
     samples: int = Field(128, ge=1, description="Training rows to measure ranges on (static)")
+    smooth: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="SmoothQuant's alpha, how much of the outliers moves from activations into weights (static); each product gets a Mul",
+    )
     reduce_range: ReduceRange = Field(
         "auto", description='7-bit weights; "auto": only where this CPU has no VNNI and 8 bits would saturate'
     )
@@ -64,6 +71,8 @@ class QuantizeInc(Stage):
     def _format_is_of_static(self) -> QuantizeInc:
         if self.format == "qdq" and self.approach != "static":
             raise ValueError(f"format: qdq needs approach: static, got {self.approach}: ranges taken at run time have no such form")
+        if self.smooth is not None and self.approach != "static":
+            raise ValueError(f"smooth needs approach: static, got {self.approach}: it is measured on training rows")
         return self
 
     def machine_bound(self) -> bool:
@@ -105,7 +114,17 @@ class QuantizeInc(Stage):
             _requantize_tables(model, graph.load(parent.onnx))
         written = graph.save(model, out)
         copy_side_files(parent.path, out)
-        return count(self, (), parent.onnx, written, {"approach": self.approach, "seven_bits": seven_bits(self.reduce_range)})
+        details = {"approach": self.approach, "seven_bits": seven_bits(self.reduce_range)}
+        if self.smooth is not None:
+            details["smoothed"] = self._smoothed(model)
+        return count(self, (), parent.onnx, written, details)
+
+    def _smoothed(self, model: onnx.ModelProto) -> int:
+        """The products whose inputs SmoothQuant scales; raises StageError where there are none."""
+        found = sum(node.op_type == "Mul" and node.name.endswith("_smooth_mul") for node in model.graph.node)
+        if not found:
+            raise StageError(f"{self.name}: smooth: {self.smooth} scaled the input of no product", remedy="leave out smooth on this model")
+        return found
 
     def _fit(self, model: Path, context: Context, scratch: Path) -> onnx.ModelProto | None:
         from neural_compressor import PostTrainingQuantConfig, quantization, set_random_seed, set_workspace
@@ -123,9 +142,12 @@ class QuantizeInc(Stage):
             # it takes ONNX's Attention for the operator of that name in com.microsoft, and writes a file that does not load
             op_type_dict={"Attention": {"activation": {"dtype": ["fp32"]}, "weight": {"dtype": ["fp32"]}}},
             # its default lets ONNX Runtime fuse Gemm with Tanh first, which hides the pooler's weight from the quantizer
-            recipes={"graph_optimization_level": "ENABLE_BASIC"},
+            recipes={
+                "graph_optimization_level": "ENABLE_BASIC",
+                **({"smooth_quant": True, "smooth_quant_args": {"alpha": self.smooth}} if self.smooth else {}),
+            },
         )
-        rows = _Loader(model, context, self.samples) if self.approach == "static" else None
+        rows = _Loader(model, context, self.samples, even=self.smooth is not None) if self.approach == "static" else None
         fitted: Any = quantization.fit(str(model), config, calib_dataloader=rows)
         return None if fitted is None else fitted.model
 
@@ -216,12 +238,15 @@ def _leave_gathered_rows(model: onnx.ModelProto) -> None:
 
 
 class _Loader:
-    """Training rows in the form in which neural-compressor reads them: again and again, as (inputs, label)."""
+    """Training rows in the form in which neural-compressor reads them: again and again, as (inputs, label).
 
-    batch_size = calibration.CALIBRATION_BATCH
+    ``even``: all batches have the same number of rows, as its SmoothQuant needs them.
+    """
 
-    def __init__(self, model: Path, context: Context, samples: int) -> None:
-        self._arguments = (model, context, samples)
+    def __init__(self, model: Path, context: Context, samples: int, *, even: bool) -> None:
+        rows = min(samples, len(context.train.rows))
+        self.batch_size = next(n for n in range(calibration.CALIBRATION_BATCH, 0, -1) if not even or rows % n == 0)
+        self._arguments = (model, context, samples, self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[dict[str, NDArray[np.int64]], int]]:
         return ((feed, 0) for feed in calibration.feeds(*self._arguments))
