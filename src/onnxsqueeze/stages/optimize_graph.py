@@ -14,11 +14,10 @@ from onnxsqueeze import backends, graph, weights
 from onnxsqueeze.artifact import MODEL_FILE, Artifact, copy_side_files
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.measure.latency import Candidate, LatencyResult, measure_latency
-from onnxsqueeze.measure.metric import predict
 from onnxsqueeze.measure.settings import MeasureSettings, Shape
 from onnxsqueeze.measure.work import FixedWork
 from onnxsqueeze.stage import Changed, Context, Stage, State
-from onnxsqueeze.stages import calibration, ranges
+from onnxsqueeze.stages import calibration, ranges, scoring
 
 if TYPE_CHECKING:
     import numpy as np
@@ -323,18 +322,8 @@ class _Workshop:
         return calibration.logits(self.folder(names) / MODEL_FILE, batches, self.context.threads, optimized=False)
 
     def score(self, names: Sequence[FormName] | None, fixed: Mapping[str, Range] | None = None) -> float:
-        """The primary metric on the selection rows, at the batch at which the model will be served."""
-        context = self.context
-        rows = predict(
-            self.folder(names, fixed),
-            "cpu",
-            context.selection,
-            context.task.max_length,
-            context.call.batch,
-            context.call.threads,
-            context.progress,
-        )
-        return context.select(rows)
+        """The primary metric on the selection rows."""
+        return scoring.selection_score(self.folder(names, fixed), self.context)
 
     def race(self, folders: Mapping[str, Path], seconds: float) -> dict[str, LatencyResult]:
         """Measure the graphs interleaved, at the call that the recipe measures; ratios are to the first."""
