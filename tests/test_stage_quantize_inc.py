@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +20,13 @@ from pydantic import ValidationError
 from dequantize import errors, matrices
 from exports import build, distance, export
 from models import FAMILIES, FamilyName, artifact
-from onnxsqueeze import graph
+from onnxsqueeze import graph, weights
 from onnxsqueeze.artifact import Artifact, copy_side_files
-from onnxsqueeze.errors import StageError
+from onnxsqueeze.errors import MeasureError, StageError
+from onnxsqueeze.measure.metric import predict
+from onnxsqueeze.stage import Context
 from onnxsqueeze.stages.quantize_inc import QuantizeInc
+from onnxsqueeze.stages.scoring import selection_score
 
 needs_inc = pytest.mark.skipif(importlib.util.find_spec("neural_compressor") is None, reason="the extra 'inc' is not installed")
 
@@ -138,6 +142,149 @@ def test_smoothquant_takes_any_number_of_rows_and_writes_equal_bytes_again(tmp_p
     assert one.onnx.read_bytes() == other.onnx.read_bytes()
 
 
+def faithful(folder: Path) -> tuple[Artifact, Context]:
+    """A small export, and a context that selects by how near the logits come to the float model's: no two configurations score alike."""
+    parent, context = export(folder, "bert")
+    exact = predict(parent.path, "cpu", context.selection, context.task.max_length, 1, 1, context.progress)
+    return parent, replace(context, select=lambda logits: 1 - float(np.abs(logits - exact).max()))
+
+
+def searched(
+    parent: Artifact, context: Context, out: Path, max_drop_pp: float, **settings: Any
+) -> tuple[Artifact, dict[str, Any], list[dict[str, Any]]]:
+    """The file that a search writes, its record, and the trials in it; what holds for each search is checked."""
+    small, changed = build(stage(max_drop_pp=max_drop_pp, **settings), parent, out, context)
+    details = dict(changed.details)
+    trials = details["trials"]
+    graph.check(small.onnx, like=parent.onnx)
+    assert names(out) == names(parent.path)
+    assert [trial["trial"] for trial in trials] == list(range(1, len(trials) + 1))
+    (kept,) = (trial for trial in trials if trial["kept"])
+    met = [trial for trial in trials if trial["score"] is not None and details["selection_before"] - trial["score"] <= max_drop_pp / 100]
+    assert kept == max(met, key=lambda t: (-t["float_weights"], sum(t["quantized"].values()), t["score"], -t["trial"]))
+    assert selection_score(small.path, context) == details["selection_after"] == kept["score"]
+    assert (
+        sum(part.n for part in weights.by_class(small.onnx) if part.class_ != "other" and part.dtype == "float32") == kept["float_weights"]
+    )
+    return small, details, trials
+
+
+def without_times(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in trial.items() if key not in ("seconds", "kept", "why")} for trial in trials]
+
+
+@needs_inc
+def test_a_search_ends_at_the_first_trial_that_loses_little_enough_and_with_time_goes_on_to_the_best(tmp_path: Path) -> None:
+    parent, context = faithful(tmp_path)
+    settings = {"tune": "basic", "max_trials": 5}
+    _, details, every = searched(parent, context, tmp_path / "every", 100, tune_seconds=1000, **settings)
+    assert len(every) == 5
+    assert every[0]["quantized"] == {"Gather": 3, "MatMul": 14}
+    assert (
+        every[1]["to_float"] == ["/bert/encoder/layer.0/attention/self/query/MatMul", "/classifier/Gemm_MatMul"] == every[2]["to_integers"]
+    )
+    assert every[1]["float_weights"] - every[0]["float_weights"] == 32 * 32 + 32 * 2
+    assert every[1]["why"] == f"trial {next(t['trial'] for t in every if t['kept'])} has fewer weights in float"
+    best = max(every, key=lambda trial: trial["score"])
+    goal = 100 * (details["selection_before"] - best["score"]) + 1e-6
+    _, _, again = searched(parent, context, tmp_path / "first", goal, **settings)
+    assert without_times(again) == without_times(every)[: best["trial"]]
+    assert [trial["kept"] for trial in again] == [False] * (len(again) - 1) + [True]
+    assert all(f"more than {goal:g}" in trial["why"] for trial in again[:-1])
+
+
+@needs_inc
+def test_bayesian_varies_ranges_and_scales_alone_and_the_same_settings_write_the_same_bytes(tmp_path: Path) -> None:
+    parent, context = faithful(tmp_path)
+    settings = {"tune": "bayesian", "approach": "static", "format": "qdq", "samples": 16, "tune_seconds": 1000, "max_trials": 3}
+    one, _, trials = searched(parent, context, tmp_path / "one", 100, **settings)
+    assert len(trials) == 3
+    assert len({str(trial["settings"]) for trial in trials}) > 1
+    assert all(trial["quantized"] == trials[0]["quantized"] and not trial["to_float"] for trial in trials)
+    other, _, again = searched(parent, context, tmp_path / "other", 100, **settings)
+    assert other.onnx.read_bytes() == one.onnx.read_bytes()
+    assert without_times(again) == without_times(trials)
+
+
+@needs_inc
+@pytest.mark.full
+def test_mse_v2_leaves_operators_in_float_until_the_goal_is_met(tmp_path: Path) -> None:
+    parent, context = faithful(tmp_path)
+    plain, _ = build(stage(), parent, tmp_path / "plain", context)
+    goal = 90 * (1 - selection_score(plain.path, context))  # of the loss in points
+    _, details, trials = searched(parent, context, tmp_path / "out", goal, tune="mse_v2", samples=8, max_trials=15)
+    assert trials[0]["quantized"] == {"Gather": 3, "MatMul": 14}
+    assert f"more than {goal:g}" in trials[0]["why"]
+    assert details["float_matrices_left"] > 0
+
+
+@needs_inc
+def test_every_trial_is_finished_before_it_is_scored_and_with_smoothquant_there_is_more_than_one(tmp_path: Path) -> None:
+    parent, context = faithful(tmp_path)
+    settings = {"tune": "mse_v2", "approach": "static", "smooth": 0.5, "samples": 16, "tune_seconds": 1000, "max_trials": 2}
+    small, details, trials = searched(parent, context, tmp_path / "out", 100, **settings)
+    assert len(trials) == 2
+    assert details["smoothed"] == 14
+    tables = {name: found for name, found in errors(small.onnx, parent.onnx).items() if "embeddings" in name}
+    assert len(tables) == 3
+    for error, step in tables.values():  # also of tokens that calibration did not see
+        assert (error <= step * 0.501).all()
+
+
+@needs_inc
+def test_a_goal_that_no_trial_meets_is_an_error_that_names_the_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    parent, context = faithful(tmp_path / "work")
+    monkeypatch.chdir(tmp_path)
+    message = r"none of 2 trials scores within 0\.001 points of the float model's 100\.00 on the selection split; the nearest, trial [12], scores 9\d\.\d\d, \d\.\d\d points less\n  remedy: raise max_drop_pp"
+    with pytest.raises(StageError, match=message):
+        build(stage(tune="basic", max_drop_pp=0.001, max_trials=2), parent, tmp_path / "work" / "out", context)
+    assert names(tmp_path) == {"work"}
+    assert names(tmp_path / "work" / "out") == set()
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_inc
+def test_without_time_one_trial_is_made_and_its_progress_reaches_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    parent, context = faithful(tmp_path)
+
+    def say(done: int, total: int, note: str = "") -> None:
+        sys.stderr.write(f"{done} {total} {note}\n")
+
+    _, _, trials = searched(parent, replace(context, progress=say), tmp_path / "out", 100, tune="basic", tune_seconds=0)
+    assert len(trials) == 1
+    assert "64 64 trial 1" in capfd.readouterr().err.splitlines()
+    with pytest.raises(StageError, match=r"none of 1 trials in 0 s scores within 0 points"):
+        build(stage(tune="basic", max_drop_pp=0, tune_seconds=0), parent, tmp_path / "again", context)
+
+
+@needs_inc
+def test_a_trial_that_cannot_be_scored_is_none_that_meets_the_goal(tmp_path: Path) -> None:
+    parent, context = faithful(tmp_path)
+
+    def select(logits: Any) -> float:
+        score = context.select(logits)
+        if score < 1:
+            raise MeasureError("the logits moved")
+        return score
+
+    with pytest.raises(StageError, match="none of 2 trials could be scored: the logits moved"):
+        build(stage(tune="basic", max_trials=2), parent, tmp_path / "out", replace(context, select=select))
+
+
+@needs_inc
+def test_a_fault_of_neural_compressor_in_a_search_is_an_error_and_its_strategies_stay_its_own(tmp_path: Path) -> None:
+    from neural_compressor.strategy import STRATEGIES
+
+    before = dict(STRATEGIES)
+    parent, context = faithful(tmp_path)
+    nothing = replace(context, train=replace(context.train, rows=[]))
+    with pytest.raises(StageError, match=r"(?s)gave no model.*Error"):
+        build(stage(tune="basic", approach="static"), parent, tmp_path / "out", nothing)
+    assert dict(STRATEGIES) == before
+
+
 @needs_inc
 def test_what_neural_compressor_says_is_shown_only_when_it_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     parent, context = export(tmp_path, "bert")
@@ -194,6 +341,15 @@ def test_an_interrupt_at_any_moment_ends_the_stage_as_one(tmp_path: Path) -> Non
 
 
 @needs_inc
+@pytest.mark.parametrize("moment", ["next_tune_cfg", "quantize", "evaluate"])
+def test_an_interrupt_ends_a_search_as_one(tmp_path: Path, moment: str) -> None:
+    parent, context = faithful(tmp_path)
+    with pytest.raises(KeyboardInterrupt), interrupted_in(moment):  # evaluate: while we score
+        build(stage(tune="basic", max_drop_pp=0, max_trials=2), parent, tmp_path / "out", context)
+    assert names(tmp_path / "out") == set()
+
+
+@needs_inc
 def test_where_interrupts_are_ignored_or_the_work_is_in_another_thread_they_stay_so(tmp_path: Path) -> None:
     parent, context = export(tmp_path, "bert")
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -234,6 +390,18 @@ def test_cuda_is_refused_with_the_reason() -> None:
 def test_an_alpha_that_smooths_nothing_or_is_none_is_refused(alpha: float) -> None:
     with pytest.raises(ValidationError, match="smooth"):
         stage(approach="static", smooth=alpha)
+
+
+@pytest.mark.parametrize("setting", ["max_drop_pp", "max_trials", "tune_seconds"])
+def test_a_goal_without_a_search_is_refused(setting: str) -> None:
+    with pytest.raises(ValidationError, match=f"{setting}: only with tune"):
+        stage(**{setting: 1})
+
+
+def test_a_search_depends_on_the_measured_call_and_one_that_the_clock_ends_on_the_machine() -> None:
+    assert (stage().timed(), stage().machine_bound()) == (False, False)
+    assert (stage(tune="basic").timed(), stage(tune="basic").machine_bound()) == (True, False)
+    assert stage(tune="basic", tune_seconds=60).machine_bound()
 
 
 def test_smoothing_with_ranges_taken_at_run_time_is_refused() -> None:

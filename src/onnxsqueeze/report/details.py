@@ -61,6 +61,7 @@ def run_grids(results: Results) -> list[Grid]:
         _environment(results),
         _weights(measured),
         _trials(measured),
+        _searches(measured),
         _vocabularies(results),
         _stages(results),
         _operators(measured),
@@ -247,8 +248,7 @@ def _trials(targets: Sequence[Target]) -> Grid:
     """What tuning measured: each graph beside the one with all forms of its round."""
     rows = []
     for target in targets:
-        for stage in target.stages:
-            trials = (stage.changed.get("details") or {}).get("trials") or []
+        for trials in _tried(target, "optimize-graph"):
             for trial in trials:
                 everything = next(t["forms"] for t in trials if t["round"] == trial["round"])
                 missing = [name for name in everything if name not in trial["forms"]]
@@ -258,6 +258,34 @@ def _trials(targets: Sequence[Target]) -> Grid:
                 rows.append((target.name, str(trial["round"]), what, milliseconds(trial["p50_ms"]), ratio))
     note = "Times of graphs measured in turns; × faster is against all forms of the same round. The form whose absence helps most goes, then the rest is tried again; one that quantizes otherwise stays only where the graph without it is slower."
     return grid("Tuning", "Target|#Round|Graph|#p50, ms|#× faster [95 %]", rows, note=note, secondary=True)
+
+
+def _searches(targets: Sequence[Target]) -> Grid:
+    """What tuning scored: each configuration, and what it changed in the one before."""
+    rows = []
+    for target in targets:
+        for trials in _tried(target, "quantize-inc"):
+            for trial in trials:
+                quantized = ", ".join(f"{n} {operator}" for operator, n in trial["quantized"].items())
+                moved = [
+                    f"{way} {', '.join(trial[key])}"
+                    for key, way in (("to_float", "to float:"), ("to_integers", "to integers:"))
+                    if trial[key]
+                ]
+                settings = ", ".join(f"{n} {setting}" for setting, n in trial["settings"].items())
+                score = MISSING if trial["score"] is None else f"{100 * trial['score']:.2f}"
+                verdict = f"{'kept' if trial['kept'] else 'rejected'}: {trial['why']}"
+                rows.append(
+                    (target.name, str(trial["trial"]), quantized, settings, "; ".join(moved) or MISSING, whole(trial["float_weights"]), score, seconds(trial["seconds"]), verdict)
+                )  # fmt: skip
+    note = "Score: the task's metric × 100 on the selection split. Of those that lose little enough that is kept which has fewest weights in float, then most operators in integers, then the highest score."
+    head = "Target|#Trial|In integers|Ranges and scales|Against the trial before|#Weights in float|#Score|#Took|Verdict"
+    return grid("Configurations tried", head, rows, note=note, secondary=True)
+
+
+def _tried(target: Target, kind: str) -> list[list[dict[str, Any]]]:
+    """The trials of each stage of this kind."""
+    return [(stage.changed.get("details") or {}).get("trials") or [] for stage in target.stages if stage.kind == kind]
 
 
 def _operators(targets: Sequence[Target]) -> Grid:
