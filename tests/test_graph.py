@@ -36,6 +36,7 @@ parent, context = export(root, "bert")
 stages = [QuantizeDynamic(kind="quantize-dynamic"), QuantizeStatic(kind="quantize-static"), QuantizeWeights(kind="quantize-weights"), Float16(kind="float16")]
 if QuantizeInc(kind="quantize-inc").unavailable() is None:
     stages += [QuantizeInc(kind="quantize-inc", id=approach, approach=approach) for approach in ("dynamic", "static")]
+    stages.append(QuantizeInc(kind="quantize-inc", id="searched", approach="static", smooth=0.5, tune="bayesian", max_drop_pp=100))
 for stage in stages:
     build(stage, parent, root / stage.name, context)
 """
@@ -55,7 +56,7 @@ def test_every_stage_writes_the_same_bytes_in_every_process(tmp_path: Path) -> N
         output, _ = run.communicate()
         assert (run.returncode, output) == (0, b"")
     files = [{file.relative_to(tmp_path / seed): file.read_bytes() for file in (tmp_path / seed).rglob("*.onnx")} for seed in ("1", "2")]
-    assert len(files[0]) == (7 if importlib.util.find_spec("neural_compressor") else 5)
+    assert len(files[0]) == (8 if importlib.util.find_spec("neural_compressor") else 5)
     assert [name for name in files[0] if files[0][name] != files[1].get(name)] == []
     for content in files[0].values():
         assert str(tmp_path).encode() not in content

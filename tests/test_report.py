@@ -114,15 +114,15 @@ def test_sensitivities_are_a_table_and_bars_and_trials_say_what_stayed_in_float(
         {"module": "classifier", "sensitivity": 0.005, "float_bytes": 3_072, "float": False},
     ]
     trials = [
-        {"float": [], "selection": 0.8, "kept": False},
-        {"float": ["bert.encoder.layer.1.output.dense"], "selection": 0.9, "kept": True},
+        {"float": [], "selection": 0.8, "holds": False},
+        {"float": ["bert.encoder.layer.1.output.dense"], "selection": 0.9, "holds": True},
     ]
-    auto = StageRecord(id="auto", kind="quantize-auto", seconds=1, changed={"details": {"sensitivities": found, "quantize_trials": trials}})
+    auto = StageRecord(id="auto", kind="quantize-auto", seconds=1, changed={"details": {"sensitivities": found, "trials": trials}})
     text = markdown([only(target, stages=(auto,))])
     assert f"| qdp-ort | bert.encoder.layer.1.output.dense | 0.02 | 2.36 | float32 | {'█' * 24} |" in text
     assert re.search(r"\| classifier \| 0.005 \| 0\.\d+ \| int8 \| █{6} \|", text)
-    assert "| qdp-ort | 1 | nothing | 80.0 | rejected |" in text
-    assert "| qdp-ort | 2 | bert.encoder.layer.1.output.dense | 90.0 | kept |" in text
+    assert "| qdp-ort | 1 | nothing | 80.00 | too low |" in text
+    assert "| qdp-ort | 2 | bert.encoder.layer.1.output.dense | 90.00 | holds |" in text
 
 
 def test_a_target_slower_than_what_it_was_made_from_says_so() -> None:
@@ -327,6 +327,32 @@ def test_every_trial_of_a_tuning_is_drawn_with_what_its_graph_lacked() -> None:
     ]
     assert "Tuning" in markdown([results])
     assert "Tuning" not in markdown([qdp_results()])
+
+
+def test_every_configuration_that_a_search_tried_is_drawn_with_its_verdict() -> None:
+    common = {
+        "quantized": {"Gather": 3, "MatMul": 14},
+        "to_float": [],
+        "to_integers": [],
+        "settings": {"kl, per_channel": 17},
+        "seconds": 61.2,
+    }
+    trials = [
+        {**common, "trial": 1, "float_weights": 69, "score": 0.8805, "kept": False, "why": "loses 1.20 points, more than 0.5"},
+        {**common, "trial": 2, "float_weights": 1157, "score": None, "kept": False, "why": "it does not load", "to_float": ["/a", "/b"]},
+        {**common, "trial": 3, "float_weights": 645, "score": 0.892, "kept": True, "why": "loses 0.05 points of at most 0.5", "to_integers": ["/b"]},
+    ]  # fmt: skip
+    tuned = stage("quantize-inc", "quantize-inc", 190.0, 17, "weights", trials=trials)
+    target = next(t for t in cpu_targets() if t.name == "qdp-ort")
+    results = qdp_results(targets=(target.model_copy(update={"stages": (*target.stages, tuned)}),))
+    grid = next(grid for grid in run_grids(results) if grid.title == "Configurations tried")
+    same = ("3 Gather, 14 MatMul", "17 kl, per_channel")
+    assert list(grid.rows) == [
+        ("qdp-ort", "1", *same, "–", "69", "88.05", "1 min 01 s", "rejected: loses 1.20 points, more than 0.5"),
+        ("qdp-ort", "2", *same, "to float: /a, /b", "1,157", "–", "1 min 01 s", "rejected: it does not load"),
+        ("qdp-ort", "3", *same, "to integers: /b", "645", "89.20", "1 min 01 s", "kept: loses 0.05 points of at most 0.5"),
+    ]
+    assert "Tuning" not in markdown([results])
 
 
 def test_a_record_of_one_process_says_what_its_intervals_lack() -> None:

@@ -77,8 +77,8 @@ def test_the_module_that_int8_breaks_is_found_and_stays_in_float_alone(tmp_path:
     assert set(modules.weighted(graph.load(out.onnx))) == {FRAGILE}
     assert len(found) == len(modules.weighted(graph.load(parent.onnx)))
     assert sorted(found, key=lambda one: -one["sensitivity"]) == found
-    trials = changed.details["quantize_trials"]
-    assert (trials[0]["float"], trials[0]["kept"]) == ([], False)
+    trials = changed.details["trials"]
+    assert (trials[0]["float"], trials[0]["holds"]) == ([], False)
     assert changed.details["selection_before"] - changed.details["selection_after"] <= 0.2
     assert scoring.selection_score(out.path, context) == changed.details["selection_after"]
     again, _ = build(stage(max_drop_pp=20), parent, tmp_path / "again", context)
@@ -93,7 +93,7 @@ def test_where_everything_holds_it_is_the_quantizer_s_own_file(tmp_path: Path) -
     )
     plain, _ = build(stage(quantizer={"kind": "quantize-static", "samples": 8}).quantizer, parent, tmp_path / "plain", context)
     assert out.onnx.read_bytes() == plain.onnx.read_bytes()
-    assert [trial["float"] for trial in changed.details["quantize_trials"]] == [[]]
+    assert [trial["float"] for trial in changed.details["trials"]] == [[]]
     assert {one["sensitivity"] for one in changed.details["sensitivities"]} == {0.0}
 
 

@@ -63,7 +63,8 @@ def run_grids(results: Results) -> list[Grid]:
         _weights(measured),
         _trials(measured),
         _sensitivities(measured),
-        _quantize_trials(measured),
+        _left_in_float(measured),
+        _searches(measured),
         _vocabularies(results),
         _stages(results),
         _operators(measured),
@@ -250,8 +251,7 @@ def _trials(targets: Sequence[Target]) -> Grid:
     """What tuning measured: each graph beside the one with all forms of its round."""
     rows = []
     for target in targets:
-        for stage in target.stages:
-            trials = (stage.changed.get("details") or {}).get("trials") or []
+        for trials in _tried(target, "optimize-graph"):
             for trial in trials:
                 everything = next(t["forms"] for t in trials if t["round"] == trial["round"])
                 missing = [name for name in everything if name not in trial["forms"]]
@@ -278,16 +278,44 @@ def _sensitivities(targets: Sequence[Target]) -> Grid:
     return grid("Sensitivity to quantization", "Target|Module|#Sensitivity|#MB in float32|Stays|", rows, note=note, secondary=True)
 
 
-def _quantize_trials(targets: Sequence[Target]) -> Grid:
-    """What was quantized and scored on the selection split until the score held."""
+def _left_in_float(targets: Sequence[Target]) -> Grid:
+    """What was left in float and scored on the selection split until the score held."""
     rows = []
     for target in targets:
-        for stage in target.stages:
-            for i, trial in enumerate((stage.changed.get("details") or {}).get("quantize_trials") or [], 1):
+        for trials in _tried(target, "quantize-auto"):
+            for i, trial in enumerate(trials, 1):
                 left = ", ".join(trial["float"]) or "nothing"
-                kept = "kept" if trial["kept"] else "rejected"
-                rows.append((target.name, str(i), left, hundredths(trial["selection"]), trial.get("why") or kept))
-    return grid("Trials of quantization", "Target|#Trial|Left in float|#Selection score, %|Outcome", rows, secondary=True)
+                rows.append((target.name, str(i), left, f"{100 * trial['selection']:.2f}", "holds" if trial["holds"] else "too low"))
+    note = "Score: the task's metric × 100 on the selection split."
+    return grid("Modules left in float", "Target|#Trial|In float|#Score|It", rows, note=note, secondary=True)
+
+
+def _searches(targets: Sequence[Target]) -> Grid:
+    """What tuning scored: each configuration, and what it changed in the one before."""
+    rows = []
+    for target in targets:
+        for trials in _tried(target, "quantize-inc"):
+            for trial in trials:
+                quantized = ", ".join(f"{n} {operator}" for operator, n in trial["quantized"].items())
+                moved = [
+                    f"{way} {', '.join(trial[key])}"
+                    for key, way in (("to_float", "to float:"), ("to_integers", "to integers:"))
+                    if trial[key]
+                ]
+                settings = ", ".join(f"{n} {setting}" for setting, n in trial["settings"].items())
+                score = MISSING if trial["score"] is None else f"{100 * trial['score']:.2f}"
+                verdict = f"{'kept' if trial['kept'] else 'rejected'}: {trial['why']}"
+                rows.append(
+                    (target.name, str(trial["trial"]), quantized, settings, "; ".join(moved) or MISSING, whole(trial["float_weights"]), score, seconds(trial["seconds"]), verdict)
+                )  # fmt: skip
+    note = "Score: the task's metric × 100 on the selection split. Of those that lose little enough that is kept which has fewest weights in float, then most operators in integers, then the highest score."
+    head = "Target|#Trial|In integers|Ranges and scales|Against the trial before|#Weights in float|#Score|#Took|Verdict"
+    return grid("Configurations tried", head, rows, note=note, secondary=True)
+
+
+def _tried(target: Target, kind: str) -> list[list[dict[str, Any]]]:
+    """The trials of each stage of this kind."""
+    return [(stage.changed.get("details") or {}).get("trials") or [] for stage in target.stages if stage.kind == kind]
 
 
 def _operators(targets: Sequence[Target]) -> Grid:

@@ -81,7 +81,7 @@ class QuantizeAuto(Stage):
             "selection_after": next(trial["selection"] for trial in reversed(trials) if set(trial["float"]) == set(floats)),
             "sensitivity_of": self.sensitivity,
             "sensitivities": table,
-            "quantize_trials": trials,
+            "trials": trials,
         }
         return Changed(changed.count, changed.what, {**changed.details, **details})
 
@@ -102,9 +102,9 @@ class QuantizeAuto(Stage):
         def holds(floats: Sequence[str]) -> bool:
             bench.context.progress(0, 1, f"{len(floats)} modules in float32")
             score = bench.score(floats)
-            kept = bench.before - score <= self.max_drop_pp / 100
-            trials.append({"float": list(floats), "selection": score, "kept": kept})
-            return kept
+            held = bench.before - score <= self.max_drop_pp / 100
+            trials.append({"float": list(floats), "selection": score, "holds": held})
+            return held
 
         few, many = -1, 0  # the first ``few`` in order are too few
         while many < len(order) and not holds(order[:many]):

@@ -8,7 +8,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from onnxsqueeze import backends, graph
-from onnxsqueeze.artifact import Artifact, copy_side_files
+from onnxsqueeze.artifact import MODEL_FILE, Artifact, copy_side_files
 from onnxsqueeze.errors import StageError, without_paths
 from onnxsqueeze.stage import Changed, Context, Stage, State
 from onnxsqueeze.stages import calibration
 from onnxsqueeze.stages.chatter import captured
+from onnxsqueeze.stages.inc_search import Search, watched
 from onnxsqueeze.stages.int8 import ReduceRange, count, depends_on_machine, seven_bits
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _LINES_SHOWN = 12
+_MAX_DROP_PP, _MAX_TRIALS = 0.5, 30
+_NEVER = 365 * 24 * 3600  # seconds; more does not fit into neural-compressor's timer
 _WRITES = {
     "dynamic": ("DynamicQuantizeLinear", "MatMulInteger"),
     "static": ("QLinearMatMul",),
@@ -40,7 +43,12 @@ _TOUCHED = ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES")  # neural-compressor se
 class QuantizeInc(Stage):
     """Quantize to int8 with neural-compressor: weights per output, embeddings too, activations by range at run time or fixed beforehand.
 
-    One configuration, no tuning. Source: neural_compressor.quantization.fit, PostTrainingQuantConfig.
+    With ``tune`` one of its strategies tries configurations until one loses at most ``max_drop_pp`` points on the selection split; with
+    ``tune_seconds`` it goes on. Of all that lose no more, that is written which has fewest weights in float, then most operators in
+    integers, then the highest score, then came first. Each trial is recorded; none that loses so little is an error.
+
+    With ``smooth`` each product's inputs are divided, channel by channel, by max|X|^alpha / max|W|^(1 - alpha), and its weights multiplied
+    by it. Source: neural_compressor.quantization.fit, PostTrainingQuantConfig; Xiao et al. 2023 (SmoothQuant), equation 4.
     """
 
     takes: ClassVar[tuple[State, ...]] = ("onnx",)
@@ -56,19 +64,52 @@ class QuantizeInc(Stage):
         "qoperator", description="Integer operators, or float ones between QuantizeLinear and DequantizeLinear, for GPUs (static)"
     )
     samples: int = Field(128, ge=1, description="Training rows to measure ranges on (static)")
+    smooth: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="SmoothQuant's alpha, how much of the outliers moves from activations into weights (static); each product gets a Mul",
+    )
     reduce_range: ReduceRange = Field(
         "auto", description='7-bit weights; "auto": only where this CPU has no VNNI and 8 bits would saturate'
+    )
+    tune: Literal["basic", "bayesian", "mse_v2"] | None = Field(
+        None,
+        description="Try configurations until one loses little on the selection split: basic leaves more and more operators in float, "
+        "bayesian varies how ranges and scales are chosen, mse_v2 leaves in float what the outputs depend on most (slow: it quantizes once per operator and trial)",
+    )
+    max_drop_pp: float | None = Field(
+        None, ge=0, le=100, description=f"Most points that it may lose there against the float model (tune; default {_MAX_DROP_PP})"
+    )
+    max_trials: int | None = Field(None, ge=1, description=f"Most configurations to try (tune; default {_MAX_TRIALS})")
+    tune_seconds: float | None = Field(
+        None,
+        ge=0,
+        description="Go on for so long, also behind the first trial that loses little enough, and keep the best; default: end there",
     )
 
     @model_validator(mode="after")
     def _format_is_of_static(self) -> QuantizeInc:
         if self.format == "qdq" and self.approach != "static":
             raise ValueError(f"format: qdq needs approach: static, got {self.approach}: ranges taken at run time have no such form")
+        if self.smooth is not None and self.approach != "static":
+            raise ValueError(f"smooth needs approach: static, got {self.approach}: it is measured on training rows")
+        return self
+
+    @model_validator(mode="after")
+    def _goals_are_of_tuning(self) -> QuantizeInc:
+        idle = [name for name in ("max_drop_pp", "max_trials", "tune_seconds") if getattr(self, name) is not None]
+        if idle and self.tune is None:
+            raise ValueError(f"{', '.join(idle)}: only with tune")
         return self
 
     def machine_bound(self) -> bool:
-        """True where "auto" chose 7 bits for this CPU."""
-        return depends_on_machine(self.reduce_range)
+        """True where "auto" chose 7 bits for this CPU, or where the clock ends the search."""
+        return depends_on_machine(self.reduce_range) or self.tune_seconds is not None
+
+    def timed(self) -> bool:
+        """True where trials are scored: what they score depends on the batch of the measured call, which joins the key."""
+        return self.tune is not None
 
     def refuses(self, backend: str) -> str | None:
         """Backends without kernels for what it writes, which depends on the approach."""
@@ -83,33 +124,64 @@ class QuantizeInc(Stage):
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:  # noqa: ARG002, the contract's arguments
         """Write ``out/model.onnx``; raises StageError with neural-compressor's last lines where it gives up or changes nothing.
 
-        Raises KeyboardInterrupt where the process was interrupted, which neural-compressor would take for the end of its search.
+        Raises KeyboardInterrupt where the process was interrupted, which neural-compressor would take for the end of its search. With
+        ``tune`` raises StageError where no trial meets the goal.
         """
+        original = graph.load(parent.onnx)
+
+        def finish(model: onnx.ModelProto) -> None:
+            if self.format == "qdq":
+                _leave_gathered_rows(model)
+            elif self.approach == "static":
+                _requantize_tables(model, original)
+
+        details: dict[str, Any] = {"approach": self.approach, "seven_bits": seven_bits(self.reduce_range)}
+        with tempfile.TemporaryDirectory(dir=out) as folder:
+            scratch = Path(folder)
+            if self.tune is None:
+                model = self._fitted(parent.onnx, context, scratch)
+                finish(model)
+                graph.save(model, out)
+                copy_side_files(parent.path, out)
+            else:
+                goal = _MAX_DROP_PP if self.max_drop_pp is None else self.max_drop_pp
+                search = Search(self.name, parent, finish, context, folder=scratch, max_drop_pp=goal, seconds=self.tune_seconds)
+                self._fitted(parent.onnx, context, scratch, search)
+                details |= search.take(out)
+        written = out / MODEL_FILE
+        if self.smooth is not None:
+            details["smoothed"] = self._smoothed(written)
+        return count(self, (), parent.onnx, written, details)
+
+    def _smoothed(self, written: Path) -> int:
+        """The products whose inputs SmoothQuant scales; raises StageError where there are none."""
+        found = len([node for node in graph.load(written).graph.node if node.name.endswith("_smooth_mul")])
+        if not found:
+            raise StageError(f"{self.name}: smooth: {self.smooth} scaled the input of no product", remedy="leave out smooth on this model")
+        return found
+
+    def _fitted(self, model: Path, context: Context, scratch: Path, search: Search | None = None) -> Any:
+        """What neural-compressor makes of ``model``: an onnx.ModelProto, of no meaning with a search. Raises StageError where it fails."""
         os.environ.setdefault("LOGLEVEL", "ERROR")  # read by neural-compressor when it is first imported
-        with captured() as lines, tempfile.TemporaryDirectory(dir=out) as scratch:
-            before = {name: os.environ.get(name) for name in _TOUCHED}
+        before = {name: os.environ.get(name) for name in _TOUCHED}
+        with captured() as lines:
             try:
                 with _interruptible():
-                    model = self._fit(parent.onnx, context, Path(scratch))
+                    fitted = self._fit(model, context, scratch, search)
             finally:
                 for name, value in before.items():
                     os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-        if model is None:  # fit swallows its errors
+        failed = any("Traceback (most recent call last):" in line for line in lines)  # fit swallows its errors
+        if failed or (fitted is None and search is None):
             tail = without_paths("\n    ".join(lines[-_LINES_SHOWN:]))
             raise StageError(
                 f"{self.name}: neural-compressor gave no model. Its last lines:\n    {tail}", remedy="try quantize-dynamic on this model"
             )
-        if self.format == "qdq":
-            _leave_gathered_rows(model)
-        elif self.approach == "static":
-            _requantize_tables(model, graph.load(parent.onnx))
-        written = graph.save(model, out)
-        copy_side_files(parent.path, out)
-        return count(self, (), parent.onnx, written, {"approach": self.approach, "seven_bits": seven_bits(self.reduce_range)})
+        return fitted and fitted.model
 
-    def _fit(self, model: Path, context: Context, scratch: Path) -> onnx.ModelProto | None:
+    def _fit(self, model: Path, context: Context, scratch: Path, search: Search | None) -> Any:
         from neural_compressor import PostTrainingQuantConfig, quantization, set_random_seed, set_workspace
-        from neural_compressor.config import TuningCriterion
+        from neural_compressor.config import AccuracyCriterion, TuningCriterion
 
         set_workspace(str(scratch / "workspace"))
         set_random_seed(0)
@@ -117,17 +189,29 @@ class QuantizeInc(Stage):
             approach=self.approach,
             quant_format="QDQ" if self.format == "qdq" else "default",
             calibration_sampling_size=[self.samples],
-            quant_level=1,  # the configuration as it is: 0 and "auto" start tuning
-            tuning_criterion=TuningCriterion(max_trials=1, timeout=0),
+            quant_level=1,  # the configuration, or the strategy, as it is: 0 and "auto" begin with others
+            tuning_criterion=TuningCriterion(
+                strategy=self.tune or "basic",
+                max_trials=1 if search is None else self.max_trials or _MAX_TRIALS,
+                timeout=0
+                if self.tune_seconds is None
+                else _NEVER,  # 0: up to the first success. Our clock ends it: its own would interrupt us
+            ),
+            accuracy_criterion=AccuracyCriterion(criterion="absolute", tolerable_loss=0.0 if search is None else search.max_drop_pp / 100),
             reduce_range=seven_bits(self.reduce_range),
             # it takes ONNX's Attention for the operator of that name in com.microsoft, and writes a file that does not load
             op_type_dict={"Attention": {"activation": {"dtype": ["fp32"]}, "weight": {"dtype": ["fp32"]}}},
-            # its default lets ONNX Runtime fuse Gemm with Tanh first, which hides the pooler's weight from the quantizer
-            recipes={"graph_optimization_level": "ENABLE_BASIC"},
+            recipes={
+                # its default lets ONNX Runtime fuse Gemm with Tanh first, which hides the pooler's weight from the quantizer
+                "graph_optimization_level": "ENABLE_BASIC",
+                **({"smooth_quant": True, "smooth_quant_args": {"alpha": self.smooth}} if self.smooth else {}),
+            },
         )
-        rows = _Loader(model, context, self.samples) if self.approach == "static" else None
-        fitted: Any = quantization.fit(str(model), config, calib_dataloader=rows)
-        return None if fitted is None else fitted.model
+        rows = None
+        if self.approach == "static" or self.tune == "mse_v2":
+            rows = _Loader(model, context, self.samples, even=self.smooth is not None)
+        with nullcontext() if self.tune is None else watched(self.tune):
+            return quantization.fit(str(model), config, calib_dataloader=rows, eval_func=search)
 
 
 @contextmanager
@@ -216,12 +300,15 @@ def _leave_gathered_rows(model: onnx.ModelProto) -> None:
 
 
 class _Loader:
-    """Training rows in the form in which neural-compressor reads them: again and again, as (inputs, label)."""
+    """Training rows in the form in which neural-compressor reads them: again and again, as (inputs, label).
 
-    batch_size = calibration.CALIBRATION_BATCH
+    ``even``: all batches have the same number of rows, as its SmoothQuant needs them.
+    """
 
-    def __init__(self, model: Path, context: Context, samples: int) -> None:
-        self._arguments = (model, context, samples)
+    def __init__(self, model: Path, context: Context, samples: int, *, even: bool) -> None:
+        rows = min(samples, len(context.train.rows))
+        self.batch_size = next(n for n in range(calibration.CALIBRATION_BATCH, 0, -1) if not even or rows % n == 0)
+        self._arguments = (model, context, samples, self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[dict[str, NDArray[np.int64]], int]]:
         return ((feed, 0) for feed in calibration.feeds(*self._arguments))
