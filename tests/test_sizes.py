@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pyarrow
 import pytest
-from onnx import numpy_helper
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
 
 from exports import build
 from onnxsqueeze import graph, weights
@@ -21,6 +23,7 @@ from onnxsqueeze.packing import files
 from onnxsqueeze.results import SizeParts
 from onnxsqueeze.stages.pack import Pack
 from onnxsqueeze.stages.quantize_dynamic import QuantizeDynamic
+from test_graph import one_node
 from test_stage_pack import FORMS, sparse
 
 SCALES = ("_scale", "_zero_point")
@@ -79,6 +82,23 @@ def test_parts_are_told_apart(int8: tuple[Artifact, Artifact]) -> None:
     assert near(parts.embeddings, *embeddings)
     assert near(parts.layers, *(name for name in matrices if name not in embeddings))
     assert near(parts.biases_and_norms, *vectors)
+
+
+ALONE: dict[str, tuple[str, str, NDArray[Any], str]] = {
+    "bias of an LSTM": ("LSTM", "x i r t", np.ones((1, 800), np.float32), "biases_and_norms"),
+    "bias in int32": ("DequantizeLinear", "t x", np.ones(800, np.int32), "biases_and_norms"),
+    "positions in int32": ("Gather", "t x", np.ones((1, 800), np.int32), "constants"),
+    "shape": ("Reshape", "x t", np.ones(800, np.int64), "constants"),
+    "kernel of a convolution": ("Conv", "x t", np.ones((20, 10, 4), np.float32), "layers"),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_tensors_that_look_like_others(tmp_path: Path, name: str) -> None:
+    operator, inputs, tensor, part = ALONE[name]
+    parts = weights.by_part(one_node(helper.make_node(operator, inputs.split(), ["w"]), {"t": tensor}, tmp_path)).model_dump()
+    assert tensor.nbytes < parts.pop(part) < tensor.nbytes + 30
+    assert {name for name, size in parts.items() if size} == {"graph"}
 
 
 def test_external_data_counts_in_the_parts(int8: tuple[Artifact, Artifact], tmp_path: Path) -> None:

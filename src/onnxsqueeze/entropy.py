@@ -39,7 +39,7 @@ def entropy_bytes(path: Path) -> int:
 
 
 def bound_bytes(path: Path) -> int | None:
-    """Bytes that no coder without context goes below for the integer weights of a file: the order-0 entropy of each, zeros included, and the scales.
+    """What no coder goes below that knows of each integer weight how often its values occur: their order-0 entropy, zeros included, and the scales, in bytes.
 
     Scales and zero points count as they are, lists of values, floats and the graph not at all. Packed weights count as what they stand for.
     None where no weight is stored as an integer.
