@@ -21,7 +21,8 @@ import sys
 import tempfile
 import threading
 import venv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -39,6 +40,7 @@ OPENVINO, OLD = "onnxruntime-openvino", "1.17.3"
 _TIMEOUT_S = 600.0
 
 Run = Callable[[Path, float], dict[str, Any]]  # (file, seconds) → what session.py prints
+Nodes = Callable[[Path], dict[str, int]]  # file → nodes that a call runs, per operator
 
 
 class AbsentError(Exception):
@@ -54,12 +56,20 @@ class Runtime:
     """One row: its name, how a file is run by it, and how the operators of a call are found (where it can tell)."""
 
     name: str
-    run: Run
-    nodes: Callable[[Path], dict[str, Any]] | None = None
-    found: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"packed": [], "dense": []})
-    operators: dict[str, dict[str, int]] = field(default_factory=dict)
+    run: Run | None = None
+    nodes: Nodes | None = None
     status: str = "ok"
     reason: str = ""
+    found: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"packed": [], "dense": []})
+    operators: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @contextmanager
+    def judged(self, name: str) -> Iterator[None]:
+        """What fails inside is this row's outcome."""
+        try:
+            yield
+        except FailedError as error:
+            self.status, self.reason = "fails", f"{name}: {error}"
 
 
 # ── the files ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -142,13 +152,12 @@ def answer(words: Sequence[object]) -> dict[str, Any]:
     return found
 
 
-def python_session(name: str, python: Path, provider: str, optimizations: str = "all") -> Runtime:
+def python_session(python: Path, provider: str, optimizations: str = "all") -> tuple[Run, Nodes]:
     """A Python's onnxruntime."""
     words = [python, HERE / "session.py"]
-    return Runtime(
-        name,
+    return (
         lambda file, seconds: answer([*words, file, provider, optimizations, seconds]),
-        lambda file: answer([*words, file, provider, optimizations, 0, "profile"]),
+        lambda file: answer([*words, file, provider, optimizations, 0, "profile"])["nodes"],
     )
 
 
@@ -213,19 +222,17 @@ def in_browser(modules: Path, browser: str, file: Path, seconds: float) -> dict[
 
 def runtimes(work: Path, openvino: Path | None) -> list[Runtime]:
     """All rows, those that cannot be tried with their reason."""
-    here = Path(sys.executable)
-    made: dict[str, Callable[[], Runtime]] = {
-        "ONNX Runtime": lambda: python_session("ONNX Runtime", here, "CPUExecutionProvider"),
-        "ONNX Runtime, no optimizations": lambda: python_session("ONNX Runtime, no optimizations", here, "CPUExecutionProvider", "none"),
-        f"ONNX Runtime {OLD}": lambda: python_session(
-            f"ONNX Runtime {OLD}", installed(work, "old", f"onnxruntime=={OLD}", "numpy<2"), "CPUExecutionProvider"
-        ),
+    here, cpu = Path(sys.executable), "CPUExecutionProvider"
+    made: dict[str, Callable[[], tuple[Run, Nodes | None]]] = {
+        "ONNX Runtime": lambda: python_session(here, cpu),
+        "ONNX Runtime, no optimizations": lambda: python_session(here, cpu, "none"),
+        f"ONNX Runtime {OLD}": lambda: python_session(installed(work, "old", f"onnxruntime=={OLD}", "numpy<2"), cpu),
         "OpenVINO provider": lambda: python_session(
-            "OpenVINO provider", openvino or installed(work, "openvino", OPENVINO, "numpy"), "OpenVINOExecutionProvider"
+            openvino or installed(work, "openvino", OPENVINO, "numpy"), "OpenVINOExecutionProvider"
         ),
-        "onnxruntime-node": lambda: Runtime("onnxruntime-node", in_node("onnxruntime-node")),
-        "onnxruntime-web (wasm) in Node": lambda: Runtime("onnxruntime-web (wasm) in Node", in_node("onnxruntime-web")),
-        "onnxruntime-web (wasm) in Chromium": lambda: Runtime("onnxruntime-web (wasm) in Chromium", in_chromium()),
+        "onnxruntime-node": lambda: (in_node("onnxruntime-node"), None),
+        "onnxruntime-web (wasm) in Node": lambda: (in_node("onnxruntime-web"), None),
+        "onnxruntime-web (wasm) in Chromium": lambda: (in_chromium(), None),
     }
 
     def in_node(package: str) -> Run:
@@ -241,9 +248,9 @@ def runtimes(work: Path, openvino: Path | None) -> list[Runtime]:
     rows = []
     for name, make in made.items():
         try:
-            rows.append(make())
+            rows.append(Runtime(name, *make()))
         except AbsentError as error:
-            rows.append(Runtime(name, lambda *_: {}, status="not tried", reason=str(error)))
+            rows.append(Runtime(name, status="not tried", reason=str(error)))
     return rows
 
 
@@ -252,19 +259,17 @@ def runtimes(work: Path, openvino: Path | None) -> list[Runtime]:
 
 def measure(rows: Sequence[Runtime], files: dict[str, Path], processes: int, seconds: float) -> None:
     """Fill the rows: the operators of a call first, then every process in turns."""
-    for row in (row for row in rows if row.status == "ok"):
-        try:
-            row.operators = {name: row.nodes(file)["nodes"] for name, file in files.items()} if row.nodes else {}
-        except FailedError as error:
-            row.status, row.reason = "fails", str(error)
+    for row in rows:
+        for name, file in files.items():
+            if row.nodes and row.status == "ok":
+                with row.judged(name):
+                    row.operators[name] = row.nodes(file)
     for _ in range(processes):
-        for row in (row for row in rows if row.status == "ok"):
+        for row in rows:
             for name, file in files.items():
-                try:
-                    row.found[name].append(row.run(file, seconds))
-                except FailedError as error:
-                    row.status, row.reason = "fails", f"{name}: {error}"
-                    break
+                if row.run and row.status == "ok":
+                    with row.judged(name):
+                        row.found[name].append(row.run(file, seconds))
 
 
 def folded(row: Runtime, ratio: float) -> tuple[bool, str]:
