@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -47,17 +48,15 @@ print(json.dumps({"load": load, "peak": peak, "p50": float(np.median(times[10:])
 """
 
 
-def bert_base(folder: Path, zeros: float) -> Path:
-    """An int8 BERT-base of random weights, ``zeros`` of them 0 in each matrix of the layers.
+def int8(model: Any, folder: Path, zeros: float) -> Path:
+    """The .onnx of a classifier of transformers in int8, with this share of the smallest weights 0 in each matrix of the layers.
 
     By the exporter of optimum and ONNX Runtime's dynamic quantization, one scale per output channel.
     """
     from onnxruntime.quantization import quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
     from optimum.exporters.onnx import onnx_export_from_model
-    from transformers import AutoModelForSequenceClassification, BertConfig
 
-    model = AutoModelForSequenceClassification.from_config(BertConfig()).eval()  # type: ignore[no-untyped-call]
     for weight in (weight for name, weight in model.named_parameters() if ".layer." in name and weight.ndim == 2):
         least = weight.detach().abs().flatten().kthvalue(max(1, int(zeros * weight.numel()))).values
         weight.data[weight.abs() <= least] = 0
@@ -65,6 +64,13 @@ def bert_base(folder: Path, zeros: float) -> Path:
     quant_pre_process(str(folder / "model.onnx"), str(folder / "inferred.onnx"), skip_symbolic_shape=True)
     quantize_dynamic(folder / "inferred.onnx", folder / "int8.onnx", per_channel=True)
     return folder / "int8.onnx"
+
+
+def bert_base(folder: Path, zeros: float) -> Path:
+    """Of random weights."""
+    from transformers import AutoModelForSequenceClassification, BertConfig
+
+    return int8(AutoModelForSequenceClassification.from_config(BertConfig()).eval(), folder, zeros)  # type: ignore[no-untyped-call]
 
 
 def main() -> None:

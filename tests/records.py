@@ -17,6 +17,7 @@ from onnxsqueeze.results import (
     Proof,
     Results,
     ServerTrial,
+    SizeParts,
     Split,
     StageRecord,
     Target,
@@ -72,6 +73,12 @@ def weights(dtype: str, item_bytes: float, *, layers: int = LAYER_WEIGHTS, zeros
     )
 
 
+def parts(size: int) -> SizeParts:
+    others = {"scales": 89_004, "biases_and_norms": 40_960, "constants": 9_216, "decoders": 0, "graph": 102_117}
+    left = size - sum(others.values())
+    return SizeParts(layers=left // 2, embeddings=left - left // 2, **others)
+
+
 def proof(p50: float, *, copies: int = 0) -> Proof:
     times = [("MatMulIntegerToFloat", 24, 0.4), ("DynamicQuantizeMatMul", 12, 0.3), ("LayerNormalization", 13, 0.1), ("Softmax", 6, 0.08)]
     times += [("Gelu", 6, 0.06), ("Transpose", 24, 0.04), ("Add", 13, 0.02)]
@@ -109,7 +116,8 @@ def measured(
     model = f"{name}/model.onnx"
     return Target(
         name=name, backend="cpu", provider="CPUExecutionProvider", runtime="onnxruntime 1.31.1", status="ok", baseline=versus is None, model=model,
-        size_bytes=size, size_gzip_bytes=int(size * 0.83), size_entropy_bytes=int(size * 0.8), tokenizer_bytes=711_661,
+        size_bytes=size, size_gzip_bytes=int(size * 0.83), size_entropy_bytes=int(size * 0.8), size_dense_bytes=size,
+        size_dense_gzip_bytes=int(size * 0.83), size_dense_zstd_bytes=int(size * 0.79), size_bound_bytes=int(size * 0.76) if size < 5e7 else None, size_parts_bytes=parts(size), tokenizer_bytes=711_661,
         latency=latency(p50, date=date), latencies=(latency(round(p50 * 0.34, 3), sequence=32, n=1480), latency(round(p50 * 1.03, 3), sequence=127, n=301), task_latency(p50)),
         metrics={"dev": {"accuracy": MetricValue(value=accuracy, ci95=(accuracy - 0.041, accuracy + 0.038), n=DEV_ROWS),
                          "f1": MetricValue(value=f1, ci95=(f1 - 0.033, f1 + 0.03), n=DEV_ROWS)}},

@@ -71,7 +71,8 @@ def test_the_record_says_what_lies_in_the_files(qdp: tuple[Outcome, list[str]]) 
         content = file.read_bytes()
         recorded = {f.path: f for f in target.files}
         assert recorded[str(target.model)].sha256 == hashlib.sha256(content).hexdigest()
-        assert target.size_bytes == len(content)
+        assert target.size_parts_bytes is not None
+        assert target.size_bytes == len(content) == sum(target.size_parts_bytes.model_dump().values())
         assert target.size_gzip_bytes == pytest.approx(
             len(gzip.compress(content, 9)), rel=0.05
         )  # gzip's programs differ by as much on files this small

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -100,6 +101,24 @@ def test_skipped_and_failed_rows_carry_reason_and_remedy() -> None:
         assert "install onnxruntime-gpu on a machine with an NVIDIA GPU" in text
         assert "minmax calibration met a NaN in layer 4" in text
         assert "or take quantize-dynamic" in text
+
+
+def test_a_record_from_before_sizes_were_told_apart_is_drawn_without_them() -> None:
+    record = json.loads(only(cpu_targets()[0]).to_json())
+    for name in [name for name in record["targets"][0] if name.startswith(("size_dense", "size_bound", "size_parts"))]:
+        del record["targets"][0][name]
+    old = Results.model_validate(record)
+    grids = {one.title: one for one in run_grids(old)}
+    assert "What the bytes are" not in grids
+    assert grids["Sizes"].rows == (("int8-ort", "23.1", "23,104,512", "19.2", *"––––", "18.5", "0.712"),)
+
+
+def test_what_the_bytes_are_sums_to_the_file() -> None:
+    (parts,) = (one for one in run_grids(qdp_results()) if one.title == "What the bytes are")
+    sizes = {t.name: t.size_bytes for t in cpu_targets()}
+    assert {row[0]: sum(int(cell.replace(",", "")) for cell in row[1:]) for row in parts.rows} == {
+        name: size for name, size in sizes.items() if size is not None
+    }
 
 
 def test_a_slower_target_is_marked_so() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxsqueeze.graph import graphs, load
+from onnxsqueeze.weights import integer_values
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,6 +35,24 @@ def entropy_bytes(path: Path) -> int:
         for tensor in graph.initializer:
             values: NDArray[Any] = numpy_helper.to_array(tensor)
             total += _coded(values) if values.dtype.kind in "fiub" else values.nbytes
+    return round(total)
+
+
+def bound_bytes(path: Path) -> int | None:
+    """What no coder goes below that knows of each integer weight how often its values occur: their order-0 entropy, zeros included, and the scales, in bytes.
+
+    Scales and zero points count as they are, lists of values, floats and the graph not at all. Packed weights count as what they stand for.
+    None where no weight is stored as an integer.
+    """
+    import numpy as np
+
+    tensors, scales = integer_values(path)
+    if not tensors:
+        return None
+    total = float(scales)
+    for values in tensors:
+        counts = np.unique(values, return_counts=True)[1]
+        total -= float((counts * np.log2(counts / values.size)).sum()) / 8
     return round(total)
 
 

@@ -30,6 +30,25 @@ def load(path: Path) -> onnx.ModelProto:
     return onnx.load(str(path))
 
 
+def files_of(path: Path) -> list[Path]:
+    """The .onnx file, then those beside it that hold tensors of it, whether they are there or not."""
+    import onnx
+
+    found: set[str] = set()
+    proto = onnx.load(str(path), load_external_data=False)
+    left: list[onnx.GraphProto | onnx.FunctionProto] = [proto.graph, *proto.functions]
+    while left:
+        graph = left.pop()
+        tensors = list(graph.initializer) if isinstance(graph, onnx.GraphProto) else []
+        for node in graph.node:
+            for attribute in node.attribute:
+                tensors += [attribute.t, *attribute.tensors]
+                left += [attribute.g, *attribute.graphs]
+        external = [tensor for tensor in tensors if tensor.data_location == onnx.TensorProto.EXTERNAL]
+        found |= {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
+    return [path, *(path.parent / name for name in sorted(found))]
+
+
 def save(model: onnx.ModelProto, folder: Path, *, external_above_bytes: int = EXTERNAL_ABOVE_BYTES) -> Path:
     """Write ``folder/model.onnx``, and ``model.onnx_data`` beside it where the weights exceed ``external_above_bytes``.
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from onnxsqueeze import environment, graph, timing, weights
 from onnxsqueeze.artifact import Artifact
 from onnxsqueeze.backends import Backends
-from onnxsqueeze.entropy import entropy_bytes
+from onnxsqueeze.entropy import bound_bytes, entropy_bytes
 from onnxsqueeze.errors import MeasureError, SqueezeError
 from onnxsqueeze.measure.golden import Golden, answers, sentences
 from onnxsqueeze.measure.latency import Candidate, LatencyResult, measure_latency
@@ -28,7 +28,7 @@ from onnxsqueeze.measure.proof import proof
 from onnxsqueeze.measure.settings import MeasureSettings
 from onnxsqueeze.measure.size import measure_size
 from onnxsqueeze.measure.work import FixedWork, TaskWork, Work
-from onnxsqueeze.results import FileRecord, Load, Proof, WeightClass
+from onnxsqueeze.results import FileRecord, Load, Proof, SizeParts, WeightClass
 from onnxsqueeze.stage import Progress
 from onnxsqueeze.store import Store
 from onnxsqueeze.tasks.metrics import said
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     Logits = Mapping[str, NDArray[np.float32]]  # per split: [rows, outputs]
 
 SAMPLES_FOLDER = "samples"  # below the output folder
-_CONTENT_VERSION = 3  # raise it when the same file is counted otherwise
+_CONTENT_VERSION = 4  # raise it when the same file is counted otherwise
 _PROOF_RUNS, _PROOF_WARMUP = 20, 5
 _LOAD_ROWS = 512  # of the task, in the file's order: enough for its mix of lengths, and quickly sent to a session's process
 
@@ -65,6 +65,11 @@ class Content(BaseModel):
     size_bytes: int
     size_gzip_bytes: int
     size_entropy_bytes: int
+    size_dense_bytes: int
+    size_dense_gzip_bytes: int
+    size_dense_zstd_bytes: int
+    size_bound_bytes: int | None
+    size_parts_bytes: SizeParts
     tokenizer_bytes: int | None
     files: tuple[FileRecord, ...]
     weights: tuple[WeightClass, ...]
@@ -94,18 +99,18 @@ class Measurements:
     samples: dict[str, bytes] = field(default_factory=dict)  # file below the output folder → every run of one target at one work
 
     def content(self, artifact: Artifact) -> Content:
-        """Sizes and weights of a folder; packing a file with gzip takes seconds."""
-        causes = {"model": artifact.digest, "zlib": zlib.ZLIB_RUNTIME_VERSION, "version": _CONTENT_VERSION}
+        """Sizes and weights of a folder; packing a file with gzip and zstd takes many seconds."""
+        packers = {"zlib": zlib.ZLIB_RUNTIME_VERSION, **environment.versions(("pyarrow",))}
+        causes = {"model": artifact.digest, "version": _CONTENT_VERSION, **packers}
         kept = self.store.measurement("content", causes)  # also where fresh: counting again gives the same
         if kept is not None:
             return Content.model_validate_json(kept)
         size = measure_size(artifact.path)
         found = Content(
-            size_bytes=size.size_bytes,
-            size_gzip_bytes=size.size_gzip_bytes,
+            **vars(size),
             size_entropy_bytes=entropy_bytes(artifact.onnx),
-            tokenizer_bytes=size.tokenizer_bytes,
-            files=size.files,
+            size_bound_bytes=bound_bytes(artifact.onnx),
+            size_parts_bytes=weights.by_part(artifact.onnx),
             weights=weights.by_class(artifact.onnx),
             operators=graph.operators(artifact.onnx),
         )

@@ -197,6 +197,18 @@ class WeightClass(_Part):
     bytes: int
 
 
+class SizeParts(_Part):
+    """What the bytes of the written file are; they sum to ``size_bytes``. A tensor counts with its name and shape."""
+
+    layers: int = Field(description="Weights of layers and heads")
+    embeddings: int = Field(description="Vocabulary, positions and token types")
+    scales: int = Field(description="Scales and zero points")
+    biases_and_norms: int
+    constants: int = Field(description="Nothing that is learned: shapes, axes, positions, scalars")
+    decoders: int = Field(description="Tables and constants that the decoders of packed weights share")
+    graph: int = Field(description="Everything that is no initializer: operators, decoders' too, and names")
+
+
 class FileRecord(_Part):
     """One file of a target's folder."""
 
@@ -246,6 +258,19 @@ class Target(_Part):
     size_entropy_bytes: int | None = Field(
         None, description="The weights by their order-0 entropy: about what a packed file would have, see onnxsqueeze.entropy"
     )
+    size_dense_bytes: int | None = Field(
+        None, description="The dense twin: the file with its packed weights unpacked; the file itself where nothing is packed"
+    )
+    size_dense_gzip_bytes: int | None = Field(None, description="The dense twin after gzip -9")
+    size_dense_zstd_bytes: int | None = Field(
+        None,
+        description="The dense twin after zstd -19, or zstd -12 where most of its bytes are floats, of which -19 makes as much in ten times the time",
+    )
+    size_bound_bytes: int | None = Field(
+        None,
+        description="Order-0 entropy of each integer weight of the dense twin, zeros included, summed, and the bytes of scales and zero points; null without integer weights",
+    )
+    size_parts_bytes: SizeParts | None = None
     tokenizer_bytes: int | None = None
     latency: Latency | None = None
     latencies: tuple[Latency, ...] = ()

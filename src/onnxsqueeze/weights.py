@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from onnxsqueeze.graph import graphs, load, qualified
-from onnxsqueeze.results import WeightClass
+from onnxsqueeze.graph import files_of, graphs, load, qualified
+from onnxsqueeze.results import SizeParts, WeightClass
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,6 +55,7 @@ _WEIGHT_INPUTS = {
 _UNPACKING = ("DequantizeLinear", "Cast", "Identity", "Transpose", "Reshape")
 _MOVING = ("Gather", "Transpose", "Reshape")  # the same values elsewhere: a scale may follow
 _LENGTHS = ("int64", "bool")  # shapes, axes, positions: nothing that is learned
+_LSTMS, _LSTM_BIAS = ("LSTM", "DynamicQuantizeLSTM"), 3  # the bias is a matrix
 _INTEGER_WEIGHTS = ("int8", "uint8", "int4", "uint4")
 
 
@@ -79,6 +80,42 @@ def by_class(path: Path) -> tuple[WeightClass, ...]:
             total[i] += amount
     rows = sorted(totals.items())
     return tuple(WeightClass(class_=class_, dtype=dtype, n=n, zeros=zeros, bytes=size) for (class_, dtype), (n, zeros, size) in rows)
+
+
+def by_part(path: Path) -> SizeParts:
+    """Every byte of the file and its external data, by what it is for. Packed weights count as what they stand for, with the bytes they have in the file."""
+    import onnx
+
+    from onnxsqueeze.packing import files as packing
+
+    stored, model = onnx.load(str(path), load_external_data=False), load(path)
+    packing.unpack(model)
+    index, owner = _Index.of(model), packing.owners(stored)
+    sizes = dict.fromkeys(SizeParts.model_fields, 0)
+    for graph in graphs(stored.graph):
+        for tensor in graph.initializer:
+            part = "decoders" if packing.is_shared(tensor.name) else _part_of(owner.get(tensor.name, tensor.name), index)
+            sizes[part] += _whole_bytes(tensor)
+    sizes["graph"] = sum(file.stat().st_size for file in files_of(path)) - sum(sizes.values())
+    return SizeParts(**sizes)
+
+
+def integer_values(path: Path) -> tuple[list[NDArray[Any]], int]:
+    """(the integer weights of the file as they are stored when unpacked, the bytes of all scales and zero points).
+
+    Biases that are stored as integers are among them. MatMulNBits has two 4-bit weights in a byte, which is one value here.
+    """
+    from onnx import numpy_helper
+
+    from onnxsqueeze.packing import files as packing
+
+    model = load(path)
+    packing.unpack(model)
+    index = _Index.of(model)
+    parts = {name: _part_of(name, index) for name in index.tensors}
+    learned = [tensor for name, tensor in index.tensors.items() if parts[name] not in ("scales", "constants")]
+    scales = sum(_stored_bytes(tensor) for name, tensor in index.tensors.items() if parts[name] == "scales")
+    return [numpy_helper.to_array(tensor) for tensor in learned if _type_name(tensor) in (*_INTEGER_WEIGHTS, "int32")], scales
 
 
 def integers(path: Path) -> dict[str, int]:
@@ -166,6 +203,27 @@ def _class_of(name: str, index: _Index) -> str:
         front = [output for node in nodes for output in node.output if output not in seen]
         seen.update(front)
     return "other"
+
+
+def _part_of(name: str, index: _Index) -> str:
+    """The field of `SizeParts` that counts the initializer ``name``."""
+    tensor = index.tensors[name]
+    if index.is_scale(name):
+        return "scales"
+    dtype, axes = _type_name(tensor), len(tensor.dims)
+    if dtype in _LENGTHS or axes == 0 or (dtype == "int32" and axes > 1):
+        return "constants"
+    class_ = _class_of(name, index)
+    if axes == 1 or class_ == "norm" or any(i == _LSTM_BIAS and node.op_type in _LSTMS for node, i in index.readers[name]):
+        return "biases_and_norms"
+    return "embeddings" if class_ == "embedding" else "layers"
+
+
+def _whole_bytes(tensor: onnx.TensorProto) -> int:
+    """What an initializer takes in its file, with its tag and length, and in the external one. Source: protobuf's encoding."""
+    message: int = tensor.ByteSize()
+    length = -(-message.bit_length() // 7)  # of the length, a varint
+    return 1 + length + message + sum(int(entry.value) for entry in tensor.external_data if entry.key == "length")
 
 
 def _content(tensor: onnx.TensorProto, index: _Index) -> tuple[str, int, int]:

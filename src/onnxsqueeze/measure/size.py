@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
 
+from onnxsqueeze import graph
 from onnxsqueeze.artifact import MODEL_FILE, file_sha256, folder_files
 from onnxsqueeze.errors import MeasureError
 from onnxsqueeze.results import FileRecord
-
-if TYPE_CHECKING:
-    import onnx
+from onnxsqueeze.weights import by_class
 
 _PIECE = 1 << 20
 _MEMORY = 9  # zlib then cuts its blocks where the gzip program does
+_ZSTD_LEVEL, _ZSTD_LEVEL_OF_FLOATS = 19, 12
 
 
 @dataclass(frozen=True)
 class Size:
-    """``size_bytes`` is model.onnx with its external data, ``size_gzip_bytes`` those files after gzip -9, one by one.
+    """Bytes by the names of the record.
 
-    ``tokenizer_bytes`` is tokenizer.json, or None without one. ``files`` are all files, by their name below the folder.
+    ``size_bytes`` is model.onnx with its external data, ``size_gzip_bytes`` those files after gzip -9, one by one. ``size_dense_…`` is the same of its
+    dense twin: the same weights unpacked, or the file itself where nothing is packed. ``tokenizer_bytes`` is tokenizer.json, or None without one.
+    ``files`` are all files, by their name below the folder.
     """
 
     size_bytes: int
     size_gzip_bytes: int
+    size_dense_bytes: int
+    size_dense_gzip_bytes: int
+    size_dense_zstd_bytes: int
     tokenizer_bytes: int | None
     files: tuple[FileRecord, ...]
 
@@ -36,7 +42,7 @@ def measure_size(folder: Path) -> Size:
     model = folder / MODEL_FILE
     if not model.is_file():
         raise MeasureError(f"{folder.name}: has no {MODEL_FILE}", remedy="give the folder of a target")
-    weights = [model, *(folder / name for name in sorted(_external_data(model)))]
+    weights = graph.files_of(model)
     for path in weights:
         if not path.is_file():
             raise MeasureError(
@@ -44,14 +50,34 @@ def measure_size(folder: Path) -> Size:
                 remedy="copy the .onnx with all files that lie beside it",
             )
     tokenizer = folder / "tokenizer.json"
+    plain, gzip = _plain_and_gzip_bytes(weights)
+    with TemporaryDirectory() as place:
+        twin = dense_twin(model, Path(place))
+        dense, dense_gzip = _plain_and_gzip_bytes(graph.files_of(twin)) if twin else (plain, gzip)
+        dense_zstd = _zstd_bytes(twin or model)
     return Size(
-        size_bytes=sum(path.stat().st_size for path in weights),
-        size_gzip_bytes=sum(_gzip_bytes(path) for path in weights),
+        size_bytes=plain,
+        size_gzip_bytes=gzip,
+        size_dense_bytes=dense,
+        size_dense_gzip_bytes=dense_gzip,
+        size_dense_zstd_bytes=dense_zstd,
         tokenizer_bytes=tokenizer.stat().st_size if tokenizer.is_file() else None,
         files=tuple(
             FileRecord(path=p.relative_to(folder).as_posix(), sha256=file_sha256(p), bytes=p.stat().st_size) for p in folder_files(folder)
         ),
     )
+
+
+def dense_twin(model: Path, folder: Path) -> Path | None:
+    """Write the weights of a packed .onnx unpacked into ``folder``; None, and nothing written, where nothing is packed."""
+    from onnxsqueeze.packing import files
+
+    held = graph.load(model)
+    return graph.save(held, folder) if files.unpack(held) else None
+
+
+def _plain_and_gzip_bytes(files: Sequence[Path]) -> tuple[int, int]:
+    return sum(path.stat().st_size for path in files), sum(_gzip_bytes(path) for path in files)
 
 
 def _gzip_bytes(path: Path) -> int:
@@ -64,21 +90,15 @@ def _gzip_bytes(path: Path) -> int:
     return total + len(squeezed.flush())
 
 
-def _external_data(model: Path) -> set[str]:
-    """The files, relative to the model's folder, that hold tensors of it."""
-    import onnx
+def _zstd_bytes(model: Path) -> int:
+    """Bytes of an .onnx file and its external data, each as one zstd frame.
 
-    found: set[str] = set()
-    graphs: list[onnx.GraphProto | onnx.FunctionProto] = []
-    proto = onnx.load(str(model), load_external_data=False)
-    graphs += [proto.graph, *proto.functions]
-    while graphs:
-        graph = graphs.pop()
-        tensors = list(graph.initializer) if isinstance(graph, onnx.GraphProto) else []
-        for node in graph.node:
-            for attribute in node.attribute:
-                tensors += [attribute.t, *attribute.tensors]
-                graphs += [attribute.g, *attribute.graphs]
-        external = [tensor for tensor in tensors if tensor.data_location == onnx.TensorProto.EXTERNAL]
-        found |= {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
-    return found
+    Most bytes floats: level 12, of which level 19 makes 0.1 % less or more on MiniLM (0 and 90 % of its layers' weights zero), in 37 CPU seconds instead of 0.5 to 4.
+    """
+    import pyarrow
+
+    floats = sum(row.bytes for row in by_class(model) if row.dtype.startswith(("float", "bfloat")))
+    files = graph.files_of(model)
+    level = _ZSTD_LEVEL_OF_FLOATS if 2 * floats > sum(path.stat().st_size for path in files) else _ZSTD_LEVEL
+    codec = pyarrow.Codec("zstd", compression_level=level)
+    return sum(codec.compress(pyarrow.memory_map(str(path)).read_buffer()).size for path in files)

@@ -67,19 +67,39 @@ def unpack(model: onnx.ModelProto) -> bool:
     return rebuilt
 
 
+def owners(model: onnx.ModelProto) -> dict[str, str]:
+    """Of each initializer of ``model`` that holds data of one packed weight alone, by its name: the weight's. Tables that weights share are not in it."""
+    numbers: dict[str, str] = {}
+    parts: list[str] = []
+    for graph in graphs.graphs(model.graph):
+        parts += [tensor.name for tensor in graph.initializer if _number(tensor.name)]
+        for node in filter(_rebuilds, graph.node):
+            own = next((number for name in node.input if (number := _number(name))), None)
+            if own and not node.output[0].startswith(_MARK):
+                numbers[own] = node.output[0]
+    return {name: numbers[_number(name)] for name in parts}
+
+
+def is_shared(name: str) -> bool:
+    """Whether an initializer is a table or a constant that decoders have in common."""
+    return name.startswith(_MARK) and not _number(name)
+
+
 def stored_bytes(model: onnx.ModelProto) -> dict[str, int]:
     """Of each packed weight of ``model``, by its name: the bytes of its own data. Tables that all share and the operators are not in it."""
     sizes: Counter[str] = Counter()
-    numbers: dict[str, str] = {}
+    owner = owners(model)
     for graph in graphs.graphs(model.graph):
         for tensor in graph.initializer:
-            if tensor.name.startswith(_MARK):
-                sizes[tensor.name.removeprefix(_MARK).partition(".")[0]] += len(tensor.raw_data)
-        for node in filter(_rebuilds, graph.node):
-            own = next((name for name in node.input if name.startswith(_MARK) and "." in name.removeprefix(_MARK)), None)
-            if own is not None and not node.output[0].startswith(_MARK):
-                numbers[node.output[0]] = own.removeprefix(_MARK).partition(".")[0]
-    return {name: sizes[number] for name, number in numbers.items()}
+            if tensor.name in owner:
+                sizes[owner[tensor.name]] += len(tensor.raw_data)
+    return dict(sizes)
+
+
+def _number(name: str) -> str:
+    """Of the weight whose decoder alone has this tensor; "" for other tensors."""
+    number, dot, _ = name.removeprefix(_MARK).partition(".")
+    return number if name.startswith(_MARK) and dot else ""
 
 
 def _rebuilds(node: onnx.NodeProto) -> bool:

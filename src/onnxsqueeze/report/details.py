@@ -58,6 +58,7 @@ def run_grids(results: Results) -> list[Grid]:
         load(measured),
         _metrics(results, measured),
         _sizes(measured),
+        _parts(measured),
         _splits(results),
         _environment(results),
         _weights(measured),
@@ -160,25 +161,35 @@ def _metrics(results: Results, targets: Sequence[Target]) -> Grid:
 
 
 def _sizes(targets: Sequence[Target]) -> Grid:
-    rows = [
-        (
-            t.name,
-            megabytes(t.size_bytes),
-            _count(t.size_bytes),
-            megabytes(t.size_gzip_bytes),
-            _count(t.size_gzip_bytes),
-            megabytes(t.size_entropy_bytes),
-            megabytes(t.tokenizer_bytes),
-            _count(t.tokenizer_bytes),
-        )
-        for t in targets
-    ]
+    rows = []
+    for t in targets:
+        packed = (t.size_gzip_bytes, t.size_dense_bytes, t.size_dense_gzip_bytes, t.size_dense_zstd_bytes)
+        others = (*packed, t.size_bound_bytes, t.size_entropy_bytes, t.tokenizer_bytes)
+        rows.append((t.name, megabytes(t.size_bytes), _count(t.size_bytes), *map(megabytes, others)))
     return grid(
         "Sizes",
-        "Target|#.onnx, MB|#bytes|#gzip -9, MB|#bytes|#Entropy, MB|#tokenizer.json, MB|#bytes",
+        "Target|#.onnx, MB|#bytes|#gzip -9, MB|#Unpacked, MB|#… gzip -9|#… zstd -19|#Bound, MB|#Entropy, MB|#tokenizer.json, MB",
         rows,
-        note="1 MB is 1,000,000 bytes. The .onnx counts with its external data, the tokenizer apart. Entropy: the weights by how often each value occurs (order 0), about what packing could reach.",
+        note="1 MB is 1,000,000 bytes. The .onnx counts with its external data, the tokenizer apart. Unpacked: the same file before `pack`, and after gzip and zstd "
+        "(-12 where most bytes are floats). Bound: the integer weights by how often each value occurs, zeros included (entropy of order 0), with their scales. "
+        "Entropy: all weights so, floats too, with the list of values.",
     )
+
+
+def _parts(targets: Sequence[Target]) -> Grid:
+    """Every byte of the written files, by what it is for."""
+    columns = {
+        "layers": "Layers",
+        "embeddings": "Embeddings",
+        "scales": "Scales",
+        "biases_and_norms": "Biases, norms",
+        "constants": "Constants",
+        "decoders": "Decoders' tables",
+        "graph": "Graph",
+    }
+    rows = [(t.name, *(whole(getattr(t.size_parts_bytes, name)) for name in columns)) for t in targets if t.size_parts_bytes]
+    note = "Bytes, which sum to the file's. Scales: with zero points. Constants: shapes and the like. Graph: everything that is no tensor, the operators that unpack weights among it."
+    return grid("What the bytes are", "|#".join(["Target", *columns.values()]), rows, note=note)
 
 
 def _weights(targets: Sequence[Target]) -> Grid:
