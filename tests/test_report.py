@@ -353,7 +353,7 @@ def test_every_configuration_that_a_search_tried_is_drawn_with_its_verdict() -> 
         "quantized": {"Gather": 3, "MatMul": 14},
         "to_float": [],
         "to_integers": [],
-        "settings": {"kl, per_channel": 17},
+        "settings": {"kl per_channel": 17},
         "seconds": 61.2,
     }
     trials = [
@@ -365,7 +365,7 @@ def test_every_configuration_that_a_search_tried_is_drawn_with_its_verdict() -> 
     target = next(t for t in cpu_targets() if t.name == "qdp-ort")
     results = qdp_results(targets=(target.model_copy(update={"stages": (*target.stages, tuned)}),))
     grid = next(grid for grid in run_grids(results) if grid.title == "Configurations tried")
-    same = ("3 Gather, 14 MatMul", "17 kl, per_channel")
+    same = ("3 Gather, 14 MatMul", "17 kl per_channel")
     assert list(grid.rows) == [
         ("qdp-ort", "1", *same, "–", "69", "88.05", "1 min 01 s", "rejected: loses 1.20 points, more than 0.5"),
         ("qdp-ort", "2", *same, "to float: /a, /b", "1,157", "–", "1 min 01 s", "rejected: it does not load"),

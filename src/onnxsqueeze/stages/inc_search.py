@@ -171,15 +171,14 @@ class Search:
         return f"trial {self.best.number} {_ADVANTAGES[place]}"
 
     def _missed(self) -> str:
-        scored = [trial for trial in self.trials if trial.score is not None]
-        end = f" in {self._seconds:g} s" if self.over else ""
+        trials = f"none of {len(self.trials)} trials" + (f" in {self._seconds:g} s" if self.over else "")
+        scored = [(trial.score, -trial.number) for trial in self.trials if trial.score is not None]
         if not scored:
-            return f"none of {len(self.trials)} trials{end} could be scored" + (f": {self.trials[-1].fault}" if self.trials else "")
-        nearest = max(scored, key=lambda trial: trial.score or 0.0)
-        drop = 100 * (self.before - (nearest.score or 0.0))
+            return f"{trials} could be scored" + (f": {self.trials[-1].fault}" if self.trials else "")
+        score, place = max(scored)
         return (
-            f"none of {len(self.trials)} trials{end} scores within {self.max_drop_pp:g} points of the float model's {100 * self.before:.2f} "
-            f"on the selection split; the nearest, trial {nearest.number}, scores {100 * (nearest.score or 0.0):.2f}, {drop:.2f} points less"
+            f"{trials} scores within {self.max_drop_pp:g} points of the float model's {100 * self.before:.2f} on the selection split; "
+            f"the nearest, trial {-place}, scores {100 * score:.2f}, {100 * (self.before - score):.2f} points less"
         )
 
 
@@ -214,9 +213,9 @@ def _in_integers(model: onnx.ModelProto) -> Iterator[tuple[str, str]]:
 
 
 def _settings(configuration: Mapping[Any, Any], operators: Mapping[str, str]) -> dict[str, int]:
-    """How many of ``operators`` have which ranges and scales in neural-compressor's ``configuration``: ``{"kl, per_channel": 14}``."""
+    """How many of ``operators`` have which ranges and scales in neural-compressor's ``configuration``: ``{"kl per_channel": 14}``."""
     states = [setting.get_state() for key, setting in configuration.items() if key[0] in operators]  # keys: (name, type), and some words
-    return dict(sorted(Counter(f"{state['activation']['algorithm']}, {state['weight']['granularity']}" for state in states).items()))
+    return dict(sorted(Counter(f"{state['activation']['algorithm']} {state['weight']['granularity']}" for state in states).items()))
 
 
 def _float_weights(written: Path) -> int:

@@ -127,13 +127,12 @@ class QuantizeInc(Stage):
         Raises KeyboardInterrupt where the process was interrupted, which neural-compressor would take for the end of its search. With
         ``tune`` raises StageError where no trial meets the goal.
         """
-        original = graph.load(parent.onnx)
 
         def finish(model: onnx.ModelProto) -> None:
             if self.format == "qdq":
                 _leave_gathered_rows(model)
             elif self.approach == "static":
-                _requantize_tables(model, original)
+                _requantize_tables(model, graph.load(parent.onnx))
 
         details: dict[str, Any] = {"approach": self.approach, "seven_bits": seven_bits(self.reduce_range)}
         with tempfile.TemporaryDirectory(dir=out) as folder:
