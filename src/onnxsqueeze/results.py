@@ -264,7 +264,7 @@ class Target(_Part):
     size_dense_gzip_bytes: int | None = Field(None, description="The dense twin after gzip -9")
     size_dense_zstd_bytes: int | None = Field(
         None,
-        description="The dense twin after zstd -19, or zstd -12 where most of its bytes are floats, of which -19 makes as much in ten times the time",
+        description="The dense twin after zstd -12; -19 makes a hundredth less in twenty times the time",
     )
     size_bound_bytes: int | None = Field(
         None,

@@ -168,10 +168,10 @@ def _sizes(targets: Sequence[Target]) -> Grid:
         rows.append((t.name, megabytes(t.size_bytes), _count(t.size_bytes), *map(megabytes, others)))
     return grid(
         "Sizes",
-        "Target|#.onnx, MB|#bytes|#gzip -9, MB|#Unpacked, MB|#… gzip -9|#… zstd -19|#Bound, MB|#Entropy, MB|#tokenizer.json, MB",
+        "Target|#.onnx, MB|#bytes|#gzip -9, MB|#Unpacked, MB|#… gzip -9|#… zstd -12|#Bound, MB|#Entropy, MB|#tokenizer.json, MB",
         rows,
-        note="1 MB is 1,000,000 bytes. The .onnx counts with its external data, the tokenizer apart. Unpacked: the same file before `pack`, and after gzip and zstd "
-        "(-12 where most bytes are floats). Bound: the integer weights by how often each value occurs, zeros included (entropy of order 0), with their scales. "
+        note="1 MB is 1,000,000 bytes. The .onnx counts with its external data, the tokenizer apart. Unpacked: the same file before `pack`, and after gzip and zstd. "
+        "Bound: the integer weights by how often each value occurs, zeros included (entropy of order 0), with their scales. "
         "Entropy: all weights so, floats too, with the list of values.",
     )
 
