@@ -62,6 +62,10 @@ class QuantizeAuto(Stage):
         """As the quantizer."""
         return self.quantizer.machine_bound()
 
+    def timed(self) -> bool:
+        """True: scores depend on the batch of the measured call, which joins the key."""
+        return True
+
     def refuses(self, backend: str) -> str | None:
         """As the quantizer."""
         return self.quantizer.refuses(backend)
