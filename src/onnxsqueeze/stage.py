@@ -146,7 +146,7 @@ class Stage(BaseModel):
         return None
 
     def timed(self) -> bool:
-        """True where the bytes depend on times at the measured shape: that shape joins the key."""
+        """True where the bytes depend on times or scores at the measured shape: that shape joins the key."""
         return False
 
     def reads_at_most(self, max_length: int) -> int | None:  # noqa: ARG002  # for those who override it
