@@ -173,6 +173,7 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         with pytest.raises(ValidationError, match=message):
             stage(**wrong)
     assert "no kernel for QLinearMatMul" in (stage(format="qoperator").refuses("cuda") or "")
+    assert "no kernel for QLinearMatMul" in (stage(format="qoperator").refuses("openvino") or "")
     assert stage().refuses("cuda") is None
 
 

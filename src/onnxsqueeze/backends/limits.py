@@ -18,8 +18,8 @@ CUDA = frozenset(
 # Source: onnx-tensorrt, docs/operators.md: integers only as QuantizeLinear and DequantizeLinear, and no operator of com.microsoft.
 TENSORRT = CUDA | {"MatMulInteger", *(f"com.microsoft.{name}" for name in ("MatMulNBits", "GatherBlockQuantized", "QAttention"))}
 
-# Measured with onnxruntime-openvino 1.24.1: MatMulNBits, MatMulInteger and DynamicQuantizeLinear run there, this one falls back.
-OPENVINO = frozenset({"com.microsoft.GatherBlockQuantized"})
+# Measured with onnxruntime-openvino 1.24.1: MatMulNBits, MatMulInteger and DynamicQuantizeLinear run there, these fall back.
+OPENVINO = frozenset({"com.microsoft.GatherBlockQuantized", "QLinearMatMul", "com.microsoft.QGemm"})
 
 # Source: onnxruntime, docs/OperatorKernels.md, CPUExecutionProvider: few kernels take tensor(float16).
 CPU_FLOAT16 = "on CPUs ONNX Runtime casts float16 to float32 and back around most operators: slower than float32; use quantize-dynamic"

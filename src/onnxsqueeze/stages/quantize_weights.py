@@ -27,7 +27,7 @@ class QuantizeWeights(Stage):
     """Store the weights of MatMul in 8 or 4 bits, one scale and zero point a block; the kernel unpacks them as it multiplies.
 
     Embeddings have bits of their own, in blocks too, where the block size divides their width (CUDA's kernel is wrong where it does not:
-    onnxruntime#32663). The head (Gemm) stays as it is. With ``layers: false`` and quantize-dynamic behind it, the vocabulary has 4 bits and the layers int8.
+    onnxruntime#32663), with 4 bits twice the block size (the CPU's kernel is wrong at an odd number of blocks before ONNX Runtime 1.31, of versions tried). The head (Gemm) stays as it is. With ``layers: false`` and quantize-dynamic behind it, the vocabulary has 4 bits and the layers int8.
     Source: onnxruntime's MatMulNBitsQuantizer, contributed operators MatMulNBits and GatherBlockQuantized.
     """
 
@@ -61,12 +61,12 @@ class QuantizeWeights(Stage):
         model = graph.load(parent.onnx)
         left, names = modules.excluded(model, self.exclude, f"{self.name}: exclude")
         with captured():
-            from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+            from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
             if self.layers:
-                quantizer = MatMulNBitsQuantizer(
-                    model, bits=self.bits, block_size=self.block_size, is_symmetric=False, nodes_to_exclude=list(names)
-                )
+                # by a configuration: in ONNX Runtime 1.23 the quantizer's own arguments know no bits
+                config = DefaultWeightOnlyQuantConfig(block_size=self.block_size, is_symmetric=False, bits=self.bits)
+                quantizer = MatMulNBitsQuantizer(model, nodes_to_exclude=list(names), algo_config=config)
                 quantizer.process()
                 model = quantizer.model.model
             tables = _quantize_tables(model, self.block_size, self.embedding_bits, frozenset(names)) if self.embeddings else 0
@@ -81,7 +81,7 @@ class QuantizeWeights(Stage):
             )
         if found + tables == 0:
             raise StageError(
-                f"{self.name}: the model has no float embedding whose width {self.block_size} divides",
+                f"{self.name}: the model has no float embedding whose width {_unit(self.embedding_bits, self.block_size)} divides",
                 remedy="choose a smaller block_size, and quantize each weight once",
             )
         details: dict[str, Any] = {"block_size": self.block_size, "embedding_tables": tables}
@@ -100,7 +100,9 @@ def _quantize_tables(model: onnx.ModelProto, block: int, bits: int, excluded: fr
     from onnx import TensorProto, helper, numpy_helper
 
     tables = {
-        t.name: t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2 and t.dims[1] % block == 0
+        t.name: t
+        for t in model.graph.initializer
+        if t.data_type == TensorProto.FLOAT and len(t.dims) == 2 and t.dims[1] % _unit(bits, block) == 0
     }
     done: dict[str, list[str]] = {}
     for node in model.graph.node:
@@ -136,9 +138,12 @@ def _quantize_tables(model: onnx.ModelProto, block: int, bits: int, excluded: fr
     return len(done)
 
 
-def _halves(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """``codes[rows, n]`` of 4 bits as ``[rows, n / 2]`` bytes, a zero behind them where n is odd."""
-    import numpy as np
+def _unit(bits: int, block: int) -> int:
+    """The width of the fewest blocks whose zero points fill whole bytes."""
+    return block * 8 // bits
 
-    even = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
-    return (even[:, ::2] | (even[:, 1::2] << 4)).astype(np.uint8)
+
+def _halves(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """``codes[rows, n]`` of 4 bits, n even, as ``[rows, n / 2]`` bytes."""
+    found: NDArray[np.uint8] = codes[:, ::2] | (codes[:, 1::2] << 4)
+    return found
