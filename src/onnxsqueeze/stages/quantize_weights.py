@@ -145,5 +145,6 @@ def _unit(bits: int, block: int) -> int:
 
 def _halves(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """``codes[rows, n]`` of 4 bits, n even, as ``[rows, n / 2]`` bytes."""
-    found: NDArray[np.uint8] = codes[:, ::2] | (codes[:, 1::2] << 4)
-    return found
+    import numpy as np
+
+    return (codes[:, ::2] | (codes[:, 1::2] << 4)).astype(np.uint8)
