@@ -26,7 +26,7 @@ LITTLE = (
 # quantize-auto quantizes MiniLM forty times, neural-compressor may try thirty configurations, half a minute each; two modules, one trial and few rows show as much of a recipe
 FEWER = {
     "quantization": [
-        "targets.dynamic-auto.stages.quantize-auto.quantizer={kind: quantize-dynamic, op_types: [Gemm]}",
+        "targets.dynamic-auto.stages.quantize-auto.quantizer={kind: quantize-dynamic, op_types: [Gather]}",
         "targets.static-auto.stages.quantize-auto.quantizer={kind: quantize-static, op_types: [Gemm]}",
         "targets.inc-tuned.stages.quantize-inc.max_drop_pp=100",
         *(f"targets.inc-{name}.stages.quantize-inc.samples=8" for name in ("static", "qdq", "smooth", "tuned")),

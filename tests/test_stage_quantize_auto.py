@@ -97,6 +97,16 @@ def test_where_everything_holds_it_is_the_quantizer_s_own_file(tmp_path: Path) -
     assert {one["sensitivity"] for one in changed.details["sensitivities"]} == {0.0}
 
 
+def test_operators_that_the_quantizer_names_are_tried_module_by_module(tmp_path: Path) -> None:
+    parent, context = export(tmp_path, "bert")
+    context = replace(context, select=lambda _: 0.5)
+    out, changed = build(
+        stage(quantizer={"kind": "quantize-dynamic", "op_types": ["Gather", "MatMul"]}), parent, tmp_path / "auto", context
+    )
+    assert len(changed.details["sensitivities"]) == 3 + 12
+    assert set(modules.weighted(graph.load(out.onnx))) == {"bert.pooler.dense", "classifier"}
+
+
 def test_a_score_that_any_quantized_module_breaks_is_an_error_with_the_best(tmp_path: Path) -> None:
     parent, context = export(tmp_path, "bert")
     exact = _answers(parent.path, context)

@@ -35,12 +35,12 @@ def depends_on_machine(setting: ReduceRange) -> bool:
 def count(stage: Stage, op_types: tuple[OpType, ...], parent: Path, written: Path, details: dict[str, Any]) -> Changed:
     """The integer weights of the written file, per operator, and how many matrices stayed in float.
 
-    Raises StageError where there is none, or where the recipe names an operator none of whose weights were quantized.
+    Raises StageError where there is none, or where the recipe names an operator none of whose weights were quantized, and excludes no modules.
     """
     quantized = weights.integers(written)
     before = weights.floats(parent)
     after = {name for names in weights.floats(written).values() for name in names}
-    named = op_types if "op_types" in stage.model_fields_set else ()
+    named = op_types if "op_types" in stage.model_fields_set and not getattr(stage, "exclude", None) else ()
     idle = [op for op in named if before.get(op, set()) <= after]
     if idle or not quantized:
         raise StageError(
