@@ -104,7 +104,7 @@ def test_operators_that_the_quantizer_names_are_tried_module_by_module(tmp_path:
         stage(quantizer={"kind": "quantize-dynamic", "op_types": ["Gather", "MatMul"]}), parent, tmp_path / "auto", context
     )
     assert len(changed.details["sensitivities"]) == 3 + 12
-    assert set(modules.weighted(graph.load(out.onnx))) == {"bert.pooler.dense", "classifier"}
+    assert not {one["module"] for one in changed.details["sensitivities"]} & set(modules.weighted(graph.load(out.onnx)))
 
 
 def test_a_score_that_any_quantized_module_breaks_is_an_error_with_the_best(tmp_path: Path) -> None:
