@@ -319,7 +319,7 @@ def test_a_student_of_its_own_counts_by_content_and_learns_from_the_rows_that_it
     outcome, _ = run(recipe(tmp_path, stages, rows), tmp_path / "out", **again)  # type: ignore[arg-type]  # keywords as a mapping
     assert outcome.exit_code == 0, outcome.problems
     distilled = outcome.results.stages[1]
-    assert (distilled.changed["details"]["rows"], distilled.changed["details"]["student"]) == (40, "student")
+    assert (distilled.changed["details"]["trained_rows"], distilled.changed["details"]["student"]) == (40, "student")
     assert json.loads((tmp_path / "out" / "other" / "config.json").read_text())["model_type"] == "distilbert"
 
     random_checkpoint(tmp_path / "student", "distilbert", layers=1, head=False, seed=1)

@@ -240,7 +240,9 @@ class Measurements:
         return timed
 
     def _works(self, by: Subject | None) -> list[Work]:
-        """The shape that decides, then the others, then the task's rows; their median length by the tokenizer of ``by``."""
+        """The shape that decides, then the others, then the task's rows; their median length by the tokenizer of ``by``. None where latency is not asked for."""
+        if not self.settings.latency:
+            return []
         works: list[Work] = [FixedWork(shape) for shape in self.settings.all_shapes]
         if self.settings.task_lengths and by is not None:
             texts = [(row.text, row.text_pair) for row in self._read()]

@@ -75,21 +75,24 @@ def train(prepared: Prepared, store: Store, watcher: Watcher) -> tuple[str, ...]
     Raises what the first stage that fails raises.
     """
     maker = _Maker(prepared, store, watcher)
-    for branch in prepared.plan.branches:
-        for step in branch.steps:
-            if step.format == "checkpoint":
-                maker.make(step)
-    return tuple(maker.done)
+    trained = [[step for step in branch.steps if step.format == "checkpoint"] for branch in prepared.plan.branches]
+    for steps in trained:
+        maker.chain(steps)
+    return tuple(dict.fromkeys(step.key for steps in trained for step in steps if not step.skipped))
 
 
 @dataclass
 class _Maker:
-    """Makes steps through the store, each once a run."""
+    """Makes steps through the store, each once a run.
+
+    What stands above a finished step, and is read by nothing else, need not be there any more: its note is enough (``noted``).
+    """
 
     prepared: Prepared
     store: Store
     watcher: Watcher
     done: dict[str, tuple[Entry, bool]] = field(default_factory=dict)
+    noted: dict[str, Entry] = field(default_factory=dict)
     failed: dict[str, SqueezeError] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
 
@@ -98,6 +101,29 @@ class _Maker:
         source = step.made_by if step else None
         return self.done[source.key][0].artifact if source else self.prepared.start.artifact
 
+    def chain(self, steps: Sequence[Step]) -> None:
+        """Make or find the steps of a chain; above the last finished one, only what a later one reads. Raises what a stage raises."""
+        finished = next((i for i in reversed(range(len(steps))) if self._find(steps[i])), 0)
+        read = {step.teacher.key for step in steps[finished + 1 :] if step.teacher}
+        for i, step in enumerate(steps):
+            noted = self.store.note(step.key) if i < finished and step.key not in read and not step.skipped else None
+            if noted is None or step.key in self.done:
+                self.make(step)
+            else:
+                self.noted[step.key] = noted
+
+    def _find(self, step: Step) -> bool:
+        """Whether a step is finished."""
+        if step.skipped or step.key in self.failed:
+            return False
+        if step.key not in self.done:
+            found = self.store.find(step.key)
+            if found is None:
+                return False
+            self.done[step.key] = (found, True)
+            self.watcher.say(f"{step.stage.name}: in the store ({step.key[:12]}; made in {found.seconds:.0f} s)")
+        return True
+
     def make(self, step: Step) -> None:
         """Make one step, or find it. Raises what the stage raises."""
         if step.skipped:
@@ -105,14 +131,9 @@ class _Maker:
                 self.told.add(step.stage.name)
                 self.watcher.say(f"{step.stage.name}: skipped: {step.skipped}")
             return
-        if step.key in self.done:
-            return
         if step.key in self.failed:
             raise self.failed[step.key]
-        found = self.store.find(step.key)
-        if found:
-            self.done[step.key] = (found, True)
-            self.watcher.say(f"{step.stage.name}: in the store ({step.key[:12]}; made in {found.seconds:.0f} s)")
+        if self._find(step):
             return
         missing = step.stage.unavailable()
         if missing:
@@ -162,8 +183,7 @@ class _Maker:
         """Make one target's own steps. A failure is kept as its reason: the other targets go on."""
         problem: SqueezeError | None = None
         try:
-            for step in branch.steps:
-                self.make(step)
+            self.chain(branch.steps)
         except StoreError:
             raise
         except SqueezeError as error:
@@ -174,12 +194,12 @@ class _Maker:
 
     def records(self, steps: Sequence[Step]) -> tuple[StageRecord, ...]:
         """What results.json says of those steps that were made, found or skipped."""
-        return tuple(self._record(step) for step in steps if step.skipped or step.key in self.done)
+        return tuple(self._record(step) for step in steps if step.skipped or step.key in self.done or step.key in self.noted)
 
     def _record(self, step: Step) -> StageRecord:
         if step.skipped:
             return StageRecord(id=step.stage.name, kind=step.stage.kind, seconds=0.0, changed={}, skipped=step.skipped)
-        entry, reused = self.done[step.key]
+        entry, reused = self.done.get(step.key) or (self.noted[step.key], True)
         changed = {"count": entry.changed.count, "what": entry.changed.what, "details": dict(entry.changed.details)}
         return StageRecord(id=step.stage.name, kind=step.stage.kind, seconds=entry.seconds, changed=changed, reused=reused, key=step.key)
 

@@ -153,8 +153,20 @@ def chain(recipe: Recipe, target: Target) -> tuple[tuple[Stage, ...], tuple[Stag
 # ── what a single part cannot know: order, names, baselines ─────────────────────────────────────────────────────────
 
 
+def _check_speed_gates(loaded: LoadedRecipe) -> Iterator[Fault]:
+    if loaded.recipe.measure.latency:
+        return
+    places: list[tuple[Place, Gates | None]] = [(("gates",), loaded.recipe.gates)]
+    places += [(("targets", i, "gates"), target.gates) for i, target in enumerate(loaded.recipe.targets)]
+    for place, gates in places:
+        for name in ("min_speedup", "min_speedup_vs_parent"):
+            if gates and getattr(gates, name) is not None:
+                yield loaded.fault((*place, name), f"{name}: nothing is timed with `measure: {{latency: false}}`; take one of them out")
+
+
 def _check_order(loaded: LoadedRecipe) -> Iterator[Fault]:
     recipe = loaded.recipe
+    yield from _check_speed_gates(loaded)
     yield from _check_chain(loaded, (), recipe.stages, ("stages",), "cpu", shared=True)
     shared = [stage.name for stage in recipe.stages]
     seen: dict[str, int] = {}

@@ -129,11 +129,12 @@ class Measurer:
         logits, shapes = found[name].logits, found[name].timed
         metrics = {split.name: evaluate(self.info, logits[split.name], _labels(split)) for split in self.dev}
         base_logits = found[base.name].logits if base and base.name in found else None
-        versus = self._versus(logits, base_logits, shapes[0], facts["size_bytes"], base) if base else None
+        timed = shapes[0] if shapes else None
+        versus = self._versus(logits, base_logits, timed, facts["size_bytes"], base) if base else None
         parent = self._vs_parent(name, found)
         return Target(
             status="ok",
-            latency=shapes[0].latency,
+            latency=timed.latency if timed else None,
             latencies=tuple(shape.latency for shape in shapes[1:]),
             metrics=metrics,
             vs_baseline=versus,
@@ -144,7 +145,7 @@ class Measurer:
             **facts,
         )
 
-    def _versus(self, logits: Logits, base_logits: Logits | None, timed: Timed, size_bytes: int, base: Target) -> VsBaseline | None:
+    def _versus(self, logits: Logits, base_logits: Logits | None, timed: Timed | None, size_bytes: int, base: Target) -> VsBaseline | None:
         if base_logits is None or base.size_bytes is None:
             return None
         deltas: dict[str, dict[str, MetricDelta]] = {
@@ -153,16 +154,16 @@ class Measurer:
         return VsBaseline(
             baseline=base.name,
             size_ratio=base.size_bytes / size_bytes,
-            speedup=timed.speedup,
-            speedup_ci95=timed.speedup_ci95,
-            speed=timed.verdict,
+            speedup=timed.speedup if timed else None,
+            speedup_ci95=timed.speedup_ci95 if timed else None,
+            speed=timed.verdict if timed else "unproven",
             metrics=deltas,
             quality=quality(deltas[self.dev[0].name][self.info.primary]),
         )
 
     def _vs_parent(self, name: str, found: Mapping[str, _Found]) -> VsParent | None:
         parent = self.parents.get(name)
-        if parent is None or parent not in found:
+        if parent is None or parent not in found or not self.measurements.settings.latency:
             return None
         above, own = found[parent].timed[0], found[name].timed[0]
         runs = [self.measurements.samples.get(one.latency.samples or "", b"") for one in (above, own)]

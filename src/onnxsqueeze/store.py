@@ -78,22 +78,28 @@ class Store:
 
         A damaged one is set aside (and made anew by the caller), with a message.
         """
-        folder = self.root / "artifacts" / key
-        try:
-            entry = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not self.has(key):
             return None
-        except ValueError:
-            entry = {"digest": "unreadable"}
-        if folder_digest(folder / "files") != entry["digest"]:
+        entry = self.note(key)
+        if entry is None or folder_digest(entry.artifact.path) != entry.artifact.digest:
             with self._lock(key):
-                if folder_digest(folder / "files") != entry["digest"]:  # still: no other run has made it anew
+                entry = self.note(key)
+                if entry is None or folder_digest(entry.artifact.path) != entry.artifact.digest:  # still: no other run has made it anew
                     self._tell(f"store: {key[:12]} does not have the content it was stored with; it is made anew")
-                    shutil.rmtree(folder, ignore_errors=True)
+                    shutil.rmtree(self.root / "artifacts" / key, ignore_errors=True)
             return None
         if (self.root / "checkpoints" / key).exists():  # its process was killed between the rename and the end
             with self._lock(key):
                 shutil.rmtree(self.root / "checkpoints" / key, ignore_errors=True)
+        return entry
+
+    def note(self, key: str) -> Entry | None:
+        """What was noted of the artifact of ``key`` when it was finished; its files may be gone. None where the note is, or cannot be read."""
+        folder = self.root / "artifacts" / key
+        try:
+            entry = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
         return Entry(
             Artifact(folder / "files", entry["format"], key, entry["digest"]),
             Changed(entry["changed"]["count"], entry["changed"]["what"], entry["changed"]["details"]),

@@ -61,6 +61,9 @@ class MeasureSettings(BaseModel):
     sequence: int = Field(128, ge=1, description="Tokens a row for the latency")
     threads: int = Field(1, ge=1, description="Threads a session may use")
     shapes: tuple[Shape, ...] = Field((Shape(batch=1, sequence=32, threads=1),), description="Further shapes whose latency is measured")
+    latency: bool = Field(
+        default=True, description="Measure latency; false: sizes and metrics alone, where the machine is in use or its speed says nothing"
+    )
     task_lengths: bool = Field(
         default=True, description="Measure the latency of the task's own rows, too, each at its own length, and of the way from text to ids"
     )

@@ -17,7 +17,7 @@ from onnxsqueeze.tasks.tables import read_texts
 
 if TYPE_CHECKING:
     from onnxsqueeze.artifact import Artifact
-    from onnxsqueeze.nn.settings import AugmentedSettings
+    from onnxsqueeze.nn.settings import TaughtSettings
     from onnxsqueeze.stage import Context
 
 _NEIGHBOURS = 15
@@ -26,13 +26,13 @@ _WORD = re.compile(r"[^\W\d_]{2,}")
 _BEGINS = ("\u0120", "\u2581")  # how byte-level BPE and its like mark a piece that begins a word
 
 
-def more_rows(settings: AugmentedSettings, parent: Artifact, context: Context) -> Context:
-    """The context with the rows that the teacher alone labels behind the task's own."""
+def more_rows(settings: TaughtSettings, teacher: Artifact, context: Context) -> Context:
+    """The context with the rows that the teacher alone labels behind the task's own; what words are near, its table says."""
     rows, more = context.train.rows, []
     if settings.texts is not None:
         more += from_texts(read_texts(settings.texts), settings.texts_count, context.seed, pairs=rows[0].text_pair is not None)
     if settings.other_words:
-        more += with_other_words(rows, parent.path, settings.other_words, settings.other_words_share, context.seed)
+        more += with_other_words(rows, teacher.path, settings.other_words, settings.other_words_share, context.seed)
     return replace(context, train=replace(context.train, rows=[*rows, *more])) if more else context
 
 

@@ -98,20 +98,21 @@ class CodeBooks(Replaced):
         self,
         model: nn.Module,
         names: Sequence[str],
-        bits: int,
+        bits: int | Sequence[int],
         importance: Mapping[str, Tensor],
         *,
-        per_row: bool,
+        per_row: bool | Sequence[bool],
         keep_zeros: bool = False,
         movable: bool = False,
     ) -> None:
         super().__init__(model, names, per_row=per_row)
         self._keep_zeros, self._movable = keep_zeros, movable
-        for i, (name, weight) in enumerate(zip(names, self._weights(), strict=True)):
-            rows, says = self._rows(weight.detach()), self._rows(importance[name])
+        of_each = [bits] * len(names) if isinstance(bits, int) else bits
+        for i, (name, weight, width) in enumerate(zip(names, self._weights(), of_each, strict=True)):
+            rows, says = self._rows(i, weight.detach()), self._rows(i, importance[name])
             says = (says / says.mean(1, keepdim=True)).nan_to_num(1.0).clamp_min(_LEAST)
             says = says.masked_fill(rows == 0, 0.0) if keep_zeros else says
-            self.register_parameter(f"book{i}", nn.Parameter(k_means(rows, says, 2**bits - keep_zeros)))
+            self.register_parameter(f"book{i}", nn.Parameter(k_means(rows, says, 2**width - keep_zeros)))
             self.register_buffer(f"codes{i}", (rows != 0).to(torch.uint8))
             self._assign(i, rows)
             if movable:

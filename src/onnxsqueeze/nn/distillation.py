@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from onnxsqueeze.errors import StageError
-from onnxsqueeze.nn import batches, losses, structure, training
+from onnxsqueeze.nn import augment, batches, losses, structure, training
 from onnxsqueeze.nn import family as families
 from onnxsqueeze.nn import teacher as teachers
 from onnxsqueeze.nn.settings import LossWeights, TaughtSettings
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 class Distillation:
     """What one student is trained on, and its training.
 
-    Without a teacher the loss is the task's alone. The parent's tokenizer reads the student's rows; the teacher reads them with its own. The student's
+    Where the settings ask for more rows than the task has (`onnxsqueeze.nn.augment`), they stand behind its own. Without a teacher the loss is the task's alone. The parent's tokenizer reads the student's rows; the teacher reads them with its own. The student's
     layers were those with the indices ``kept`` ``of`` so many; they are all of the parent's where neither is given. Logits of the teacher are computed once, its hidden
     states, attention and relations beside the student in every step; relations are those of the last layers that face each other.
 
-    Raises StageError where heads do not fit for the attention's loss or the relations', and where tokens are others for a loss token by token.
+    Raises StageError where more rows are asked for and no teacher is there to label them, where heads do not fit for the attention's loss or the relations', and where tokens are others for a loss token by token.
     """
 
     def __init__(
@@ -48,6 +48,15 @@ class Distillation:
         of: int = 0,
     ) -> None:
         weights = _weights(settings, embeds=context.task.embeds)
+        given = len(context.train.rows)
+        if settings.asks_for_more_rows:
+            if teacher is None:
+                raise StageError(
+                    f"{settings.name}: texts and other_words ask for rows without labels, and there is no teacher to say what they are",
+                    remedy="put a finetune stage above it, or take the setting out",
+                )
+            context = augment.more_rows(settings, teacher, context)
+        self._unlabelled = len(context.train.rows) - given
         self._settings, self._model, self._family, self._context, self._folder = settings, model, family, context, parent.path
         self._regression = context.task.kind == "regression"
         self._projections: losses.Projections | None = None
@@ -112,7 +121,7 @@ class Distillation:
     ) -> training.Outcome:
         """`training.train` on the context's rows; ``loss`` where it is not `loss` alone, ``companion`` beside what the losses train themselves."""
         together = [one for one in (companion, self._projections) if one is not None]
-        return training.train(
+        outcome = training.train(
             self._model,
             self._family,
             self._settings,
@@ -125,6 +134,7 @@ class Distillation:
             first_epoch_to_keep=first_epoch_to_keep,
             scored=scored,
         )
+        return replace(outcome, unlabelled=self._unlabelled)
 
     def loss(self, batch: training.Batch) -> Tensor:
         """The weighted sum for one batch; runs the student, and the teacher where its layers teach."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,12 +26,13 @@ def matrices(settings: FewValuesSettings, model: nn.Module, family: Family) -> l
 class Replaced(nn.Module):
     """While entered, the named matrices of a model count as what `value` says; the state dict stays what it was.
 
-    ``per_row``: each row of a matrix is by itself, else all of it is one row.
+    ``per_row``: each row of a matrix is by itself, else all of it is one row; said of all, or of each.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], *, per_row: bool) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str], *, per_row: bool | Sequence[bool]) -> None:
         super().__init__()
-        self._model, self._names, self._per_row = [model], list(names), per_row  # in a list, so that it is no part of this module
+        self._model, self._names = [model], list(names)  # in a list, so that it is no part of this module
+        self._per_row = [per_row] * len(names) if isinstance(per_row, bool) else list(per_row)
         self._forwards: list[tuple[nn.Module, Any]] = []
 
     def value(self, i: int, weight: Tensor) -> Tensor:
@@ -41,8 +42,8 @@ class Replaced(nn.Module):
     def _weights(self) -> list[nn.Parameter]:
         return [self._model[0].get_parameter(name) for name in self._names]
 
-    def _rows(self, weight: Tensor) -> Tensor:
-        return weight if self._per_row else weight.reshape(1, -1)
+    def _rows(self, i: int, weight: Tensor) -> Tensor:
+        return weight if self._per_row[i] else weight.reshape(1, -1)
 
     def __enter__(self) -> Self:
         for i, name in enumerate(self._names):
@@ -67,20 +68,22 @@ class Replaced(nn.Module):
         return forward
 
 
-def written(settings: FewValuesSettings, folder: Path, task: TaskInfo, names: Sequence[str], allowed: int) -> dict[str, Any]:
+def written(
+    settings: FewValuesSettings, folder: Path, task: TaskInfo, allowed: Mapping[str, int], per_row: Sequence[bool]
+) -> dict[str, Any]:
     """What a written checkpoint's matrices hold: how many weights, their entropy in bits, how many levels all rows have together.
 
-    Raises StageError where a row (a matrix, by ``scope``) has more than ``allowed`` values.
+    ``allowed``: by a matrix's name, how many values a row may have; ``per_row``: whether it is a row of the matrix, or all of it. Raises StageError where one has more.
     """
     model, _ = checkpoint.load(folder, task)
     weights, levels, entropy = 0, 0, 0.0
-    for name in names:
+    for (name, most_allowed), rowwise in zip(allowed.items(), per_row, strict=True):
         weight = model.get_parameter(name).detach()
-        counts = [row.unique(return_counts=True)[1].tolist() for row in (weight if settings.scope == "row" else weight.reshape(1, -1))]
+        counts = [row.unique(return_counts=True)[1].tolist() for row in (weight if rowwise else weight.reshape(1, -1))]
         most = max(map(len, counts))
-        if most > allowed:
+        if most > most_allowed:
             raise StageError(
-                f"{settings.name}: {name}: a {settings.scope} of the written file has {most} values, {allowed} are allowed",
+                f"{settings.name}: {name}: a {'row' if rowwise else 'matrix'} of the written file has {most} values, {most_allowed} are allowed",
                 remedy="report this as a bug",
             )
         weights, levels, entropy = weights + weight.numel(), levels + sum(map(len, counts)), entropy + _entropy_bits(counts)

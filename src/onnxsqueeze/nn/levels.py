@@ -94,17 +94,17 @@ class OnLevels(Replaced):
     for good. Source of the gradient: Courbariaux et al. 2015, "BinaryConnect" (straight through).
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], method: Method, bits: int, *, per_row: bool) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str], method: Method, bits: int, *, per_row: bool | Sequence[bool]) -> None:
         super().__init__(model, names, per_row=per_row)
         self._method, self._bits = method, bits
         for i, weight in enumerate(self._weights()):
-            self.register_buffer(f"levels{i}", levels(self._rows(weight), method, bits))
+            self.register_buffer(f"levels{i}", levels(self._rows(i, weight), method, bits))
 
     @torch.no_grad()
     def renew(self) -> None:
         """Levels of the weights as they are now."""
         for i, weight in enumerate(self._weights()):
-            self.get_buffer(f"levels{i}").copy_(levels(self._rows(weight), self._method, self._bits))
+            self.get_buffer(f"levels{i}").copy_(levels(self._rows(i, weight), self._method, self._bits))
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -118,4 +118,4 @@ class OnLevels(Replaced):
         return weight + (self._moved(i, weight) - weight).detach()
 
     def _moved(self, i: int, weight: Tensor) -> Tensor:
-        return nearest(self._rows(weight), self.get_buffer(f"levels{i}")).reshape(weight.shape).to(weight.dtype)
+        return nearest(self._rows(i, weight), self.get_buffer(f"levels{i}")).reshape(weight.shape).to(weight.dtype)

@@ -78,7 +78,12 @@ class LossWeights:
 
 
 class TaughtSettings(TrainingSettings):
-    """Training beside a teacher, where there is one. Losses: `onnxsqueeze.nn.losses`."""
+    """Training beside a teacher, where there is one; where asked for on more rows than the task has, of which the teacher says what they are.
+
+    Losses: `onnxsqueeze.nn.losses`; more rows: `onnxsqueeze.nn.augment`.
+    """
+
+    text_files: ClassVar[tuple[str, ...]] = ("texts",)
 
     teacher: str | None = Field(
         None, description="Id of the stage above whose result teaches, or 'model'; default: the last finetune above"
@@ -93,6 +98,24 @@ class TaughtSettings(TrainingSettings):
         ge=0,
         description="Of models that embed: weight of the loss against how alike the teacher finds the texts of a batch; default: as alpha_logits",
     )
+
+    texts: Path | None = Field(
+        None, description="Text file, one text a line, relative to the recipe: more rows, without labels; the teacher says what they are"
+    )
+    texts_count: int = Field(20_000, ge=1, description="How many of its lines are drawn")
+    other_words: int = Field(0, ge=0, le=20, description="Copies of each training row with words replaced by near ones, without labels")
+    other_words_share: float = Field(0.3, gt=0, le=1, description="Part of a copy's words that is replaced")
+
+    @property
+    def asks_for_more_rows(self) -> bool:
+        """Whether it trains on more than the task's own rows."""
+        return self.texts is not None or self.other_words > 0
+
+    @model_validator(mode="after")
+    def _has_a_teachers_loss(self) -> Self:
+        if self.asks_for_more_rows and not self.loss_weights().taught:
+            raise ValueError("texts and other_words have no labels: a loss against the teacher must be above 0")
+        return self
 
     def loss_weights(self) -> LossWeights:
         """What the losses beside a teacher weigh."""
@@ -119,23 +142,4 @@ class FewValuesSettings(StatesTaughtSettings):
     def _moves_nothing_frozen(self) -> Self:
         if self.embeddings and self.freeze_embeddings:
             raise ValueError("embeddings and freeze_embeddings exclude each other: what is moved must be trained")
-        return self
-
-
-class AugmentedSettings(TaughtSettings):
-    """Training beside a teacher on more rows than the task has: rows without labels, of which the teacher says what they are."""
-
-    text_files: ClassVar[tuple[str, ...]] = ("texts",)
-
-    texts: Path | None = Field(
-        None, description="Text file, one text a line, relative to the recipe: more rows, without labels; the teacher says what they are"
-    )
-    texts_count: int = Field(20_000, ge=1, description="How many of its lines are drawn")
-    other_words: int = Field(0, ge=0, le=20, description="Copies of each training row with words replaced by near ones, without labels")
-    other_words_share: float = Field(0.3, gt=0, le=1, description="Part of a copy's words that is replaced")
-
-    @model_validator(mode="after")
-    def _has_a_teachers_loss(self) -> Self:
-        if (self.texts or self.other_words) and not self.loss_weights().taught:
-            raise ValueError("texts and other_words have no labels: a loss against the teacher must be above 0")
         return self

@@ -62,6 +62,7 @@ class Outcome:
     resumed_at_epoch: int | None
     restarted: str | None = None
     rows: int = 0  # that an epoch trained on
+    unlabelled: int = 0  # of these, those without a label
 
     @property
     def best_score(self) -> float:
@@ -73,7 +74,8 @@ class Outcome:
         speed = self.rows * len(self.history) / sum(epoch["seconds"] for epoch in self.history)
         found = {"history": list(self.history), "best_epoch": self.best_epoch, "precision": self.precision, "device": self.device}
         made_on = {**processors(), "torch": str(torch.__version__)}
-        return found | {"trained_rows": self.rows, "rows_per_second": round(speed, 1), "made_on": made_on} | self.again()
+        unlabelled = {"rows_without_labels": self.unlabelled} if self.unlabelled else {}
+        return found | {"trained_rows": self.rows, **unlabelled, "rows_per_second": round(speed, 1), "made_on": made_on} | self.again()
 
     def again(self) -> dict[str, Any]:
         """Where it took up, or why it began anew; empty where nothing had interrupted it."""

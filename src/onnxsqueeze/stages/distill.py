@@ -12,11 +12,11 @@ from pydantic import Field, model_validator
 from onnxsqueeze.artifact import Artifact
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.nn.family import family_of
-from onnxsqueeze.nn.settings import AugmentedSettings, LossWeights, StatesTaughtSettings
+from onnxsqueeze.nn.settings import LossWeights, StatesTaughtSettings
 from onnxsqueeze.stage import Changed, Context
 
 
-class Distill(AugmentedSettings, StatesTaughtSettings):
+class Distill(StatesTaughtSettings):
     """Keeps some layers of the parent, with its embeddings and head, and trains them on a weighted sum of losses; or trains another model so.
 
     Source: initialisation from the teacher's layers, Sanh et al. 2019, "DistilBERT", section 3; losses, `onnxsqueeze.nn.losses`.
@@ -68,7 +68,7 @@ class Distill(AugmentedSettings, StatesTaughtSettings):
     def run(self, parent: Artifact, teacher: Artifact | None, out: Path, context: Context) -> Changed:
         """Write the best epoch's student; counts the tensors that differ from the parent's or are gone."""
         from onnxsqueeze import models
-        from onnxsqueeze.nn import augment, checkpoint, distillation, importance, structure
+        from onnxsqueeze.nn import checkpoint, distillation, importance, structure
         from onnxsqueeze.nn import family as families
 
         if teacher is None:
@@ -80,8 +80,6 @@ class Distill(AugmentedSettings, StatesTaughtSettings):
         source = other.artifact if other else parent
         new_head = context.seed if other else None
         model, family = checkpoint.load(source.path, task, new_head_seed=new_head, eager_attention=self.alpha_attention > 0)
-        given = len(context.train.rows)
-        context = augment.more_rows(self, source, context)
         structure.require_none(model, family, self.name, "exits", "kept_tokens")
         had = len(families.layers(model, family))
         kept = tuple(range(had)) if other else chosen_layers(self.layers, had, self.name)
@@ -97,8 +95,6 @@ class Distill(AugmentedSettings, StatesTaughtSettings):
             "layers_before": had,
             "kept": list(kept),
             **({"student": other.name} if other else {}),
-            "rows": given,
-            "rows_without_labels": len(context.train.rows) - given,
         }
         return Changed(checkpoint.changed_tensors(source.path, out), "tensors", details)
 

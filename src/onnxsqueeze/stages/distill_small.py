@@ -12,20 +12,20 @@ from pydantic import Field
 from onnxsqueeze import graph
 from onnxsqueeze.artifact import MODEL_FILE, Artifact, copy_side_files
 from onnxsqueeze.errors import StageError
-from onnxsqueeze.nn.settings import AugmentedSettings
+from onnxsqueeze.nn.settings import TaughtSettings
 from onnxsqueeze.stage import Changed, Context, State
 from onnxsqueeze.stages import calibration
 from onnxsqueeze.stages.chatter import captured
 
 
-class DistillSmall(AugmentedSettings):
+class DistillSmall(TaughtSettings):
     """Learns the task from the labels and the teacher's logits, best with many rows that the teacher alone labels (``texts``, ``other_words``).
 
     Source: Tang et al. 2019, "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks"; Kim 2014 (the CNN).
     """
 
     gives: ClassVar[State] = "onnx"
-    tools: ClassVar[tuple[str, ...]] = (*AugmentedSettings.tools, "onnx", "onnxruntime")
+    tools: ClassVar[tuple[str, ...]] = (*TaughtSettings.tools, "onnx", "onnxruntime")
     needs_teacher: ClassVar[bool] = True
 
     embeds: ClassVar[bool] = False
@@ -49,7 +49,7 @@ class DistillSmall(AugmentedSettings):
         import numpy as np
         import torch
 
-        from onnxsqueeze.nn import augment, checkpoint, distillation, small
+        from onnxsqueeze.nn import checkpoint, distillation, small
         from onnxsqueeze.nn.family import family_of
 
         if teacher is None:
@@ -58,8 +58,6 @@ class DistillSmall(AugmentedSettings):
             )
         task, config = context.task, checkpoint.read_config(parent.path)
         family = family_of(config["model_type"])
-        given = len(context.train.rows)
-        context = augment.more_rows(self, parent, context)
         table = checkpoint.vocabulary_matrix(parent.path)
         shape = small.Shape(self.architecture, min(self.rank, table.shape[1]), self.width, self.kernels, task.outputs)
         with torch.random.fork_rng():
@@ -93,7 +91,7 @@ class DistillSmall(AugmentedSettings):
         if not off <= _NOISE * max(1.0, *(float(np.abs(logits).max()) for logits in said)):  # "not": NaN fails too
             raise StageError(f"{self.name}: the exported model's logits are {off:.3g} from PyTorch's", remedy="export with another opset")
         weights = sum(parameter.numel() for parameter in model.parameters())
-        details = {**outcome.details(), "weights": weights, "rows": given, "rows_without_labels": len(context.train.rows) - given}
+        details = {**outcome.details(), "weights": weights}
         return Changed(weights, "weights", details)
 
 

@@ -42,7 +42,8 @@ class TrainLowBit(FewValuesSettings):
         model, family = checkpoint.load(parent.path, task)
         names = few_values.matrices(self, model, family)
         training.place(model)
-        moved = levels.OnLevels(model, names, self.method, self.bits, per_row=self.scope == "row")
+        per_row = [self.scope == "row"] * len(names)
+        moved = levels.OnLevels(model, names, self.method, self.bits, per_row=per_row)
         lessons = distillation.Distillation(self, model, family, context, parent, teacher)
 
         def after_step(done: int) -> None:
@@ -54,6 +55,7 @@ class TrainLowBit(FewValuesSettings):
             outcome = lessons.train(companion=moved, after_step=after_step)
         moved.cpu().settle()
         checkpoint.save(model, parent.path, out, task)
-        found = few_values.written(self, out, task, names, 3 if self.method == "ternary" else 2**self.bits)
+        allowed = dict.fromkeys(names, 3 if self.method == "ternary" else 2**self.bits)
+        found = few_values.written(self, out, task, allowed, per_row)
         details = {**outcome.details(), "score_before_training": untrained, **found, "with_teacher": lessons.taught}
         return Changed(found["weights"], "weights", details)
