@@ -59,7 +59,8 @@ def run(task: str, method: str, seed: int, asked: argparse.Namespace) -> None:
     kept = asked.out / folder / f"{method}-{seed}"
     kept.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(out / "results.json", kept / "results.json")
-    shutil.copytree(out / "samples", kept / "samples", dirs_exist_ok=True)
+    if (out / "samples").is_dir():  # not where nothing was timed
+        shutil.copytree(out / "samples", kept / "samples", dirs_exist_ok=True)
 
 
 def table(title: str, folders: Sequence[Path]) -> str:
