@@ -55,7 +55,7 @@ class Distillation:
                     f"{settings.name}: texts and other_words ask for rows without labels, and there is no teacher to say what they are",
                     remedy="put a finetune stage above it, or take the setting out",
                 )
-            context = augment.more_rows(settings, teacher, context)
+            context = augment.more_rows(settings, teacher, parent.path, context)
         self._unlabelled = len(context.train.rows) - given
         self._settings, self._model, self._family, self._context, self._folder = settings, model, family, context, parent.path
         self._regression = context.task.kind == "regression"
