@@ -132,11 +132,12 @@ class CodeBooks(Replaced):
 
     def value(self, i: int, weight: Tensor) -> Tensor:
         """From the book."""
-        found = self._book(i).gather(1, self.get_buffer(f"codes{i}").long())
+        # a book for each row, also where all share one: the gradients of a whole matrix summed into a few places are a hundred times slower on a GPU
+        found = self._book(i).expand(len(weight), -1).gather(1, self.get_buffer(f"codes{i}").long().reshape(weight.shape))
         if self._movable:
-            free = self.get_parameter(f"free{i}")
+            free = self.get_parameter(f"free{i}").reshape(weight.shape)
             found = found + (free - free.detach())
-        return found.reshape(weight.shape)
+        return found
 
     def _book(self, i: int) -> Tensor:
         book = self.get_parameter(f"book{i}")
