@@ -95,6 +95,7 @@ def run(
     task: Annotated[
         str | None,
         typer.Option(
+            "--task",  # named: typer 0.27.2 calls it --TASK, after the metavar
             metavar="TASK",
             help="GLUE task (sst2, cola, mrpc, stsb, qqp, mnli, qnli, rte, wnli) or toy, instead of the recipe's",
             autocompletion=_tasks,
