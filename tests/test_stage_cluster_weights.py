@@ -195,12 +195,15 @@ def test_every_row_of_the_written_file_has_few_values(tmp_path: Path, name: Fami
     run_stage(Export(), out, tmp_path / "onnx", context=toy_context(tmp_path / "onnx"))
 
 
-def test_embeddings_take_part_when_asked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("embedding_bits", [None, 3])
+def test_tables_take_part_when_asked_and_share_values_by_the_whole_table(tmp_path: Path, embedding_bits: int | None) -> None:
     parent = random_checkpoint(tmp_path / "parent", "bert")
-    out, _ = run_stage(QUICK.model_copy(update={"scope": "matrix", "bits": 5, "embeddings": True}), parent, tmp_path)
+    out, _ = run_stage(QUICK.model_copy(update={"bits": 4, "embeddings": True, "embedding_bits": embedding_bits}), parent, tmp_path)
     stored = load_file(out / "model.safetensors")
 
-    assert len(np.unique(stored["bert.embeddings.word_embeddings.weight"].numpy())) == 32
+    assert len(np.unique(stored["bert.embeddings.word_embeddings.weight"].numpy())) == 2 ** (embedding_bits or 4)
+    assert max(len(np.unique(row)) for row in stored[QUERY].numpy()) == 16
+    assert len(np.unique(stored[QUERY].numpy())) > 16, "a book for each row of the layers"
 
 
 def sharing(weight: torch.Tensor) -> list[list[int]]:
@@ -284,6 +287,8 @@ def test_the_file_scores_what_the_best_epoch_scored_and_is_the_same_every_time(t
         {"bits": 9},
         {"bits": 1, "keep_zeros": True},
         {"embeddings": True, "freeze_embeddings": True},
+        {"embedding_bits": 4},
+        {"embeddings": True, "embedding_bits": 1, "keep_zeros": True},
         {"reassign": 0},
         {"importance": "taylor"},
         {"asked_rows": 8},
