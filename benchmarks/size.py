@@ -26,7 +26,7 @@ OVERRIDES = {
         "stages.cut-quarter.batch_size=128", "stages.cut-quarter.train_rows=20000", "stages.cut-quarter.epochs=2",
         "stages.quarter.batch_size=128", "stages.quarter.epochs=2",
         "stages.cut-eighth.batch_size=128", "stages.cut-eighth.train_rows=20000", "stages.cut-eighth.epochs=1",
-        "stages.eighth.batch_size=128", "stages.eighth.epochs=1",
+        "stages.eighth.batch_size=128", "stages.eighth.train_rows=20000", "stages.eighth.epochs=2",
         *(f"targets.{name}.stages.codes.{one}" for name in ("quarter-4", "quarter-3", "eighth-4", "eighth-3") for one in ("batch_size=128", "train_rows=20000", "epochs=1")),
         *(f"targets.{name}.stages.distill-small.{one}" for name in ("cnn", "bilstm") for one in ("batch_size=128", "train_rows=20000")),
     ),
