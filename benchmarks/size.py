@@ -4,7 +4,7 @@
     python benchmarks/size.py --data-dir glue --out reports/size --tasks mrpc --train-only
     python benchmarks/size.py --out reports/size --table-only            draws the page again from the records
 
-Writes <out>/<task>/ as `onnxsqueeze run` does, without the models, and <out>/size.md.
+Writes <out>/<task>/results.json with its samples, <out>/size.md, and <out>/report.html, in which each task's targets are drawn, size across, metric upwards.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from onnxsqueeze.report.write import write_reports
 from onnxsqueeze.results import Results, Target, read_results
 
 RECIPE = Path("recipes") / "size.yaml"
@@ -48,8 +49,7 @@ def run(task: str, asked: argparse.Namespace) -> None:
         return
     kept = asked.out / task
     kept.mkdir(parents=True, exist_ok=True)
-    for name in ("results.json", "report.md", "report.html"):
-        shutil.copyfile(out / name, kept / name)
+    shutil.copyfile(out / "results.json", kept / "results.json")
     if (out / "samples").is_dir():
         shutil.copytree(out / "samples", kept / "samples", dirs_exist_ok=True)
 
@@ -100,6 +100,7 @@ def main() -> None:
     records = [read_results(file.parent) for file in sorted(asked.out.glob("*/results.json"))]
     page = "\n".join(["# File size against metric\n", *map(table, records)])
     (asked.out / "size.md").write_text(page, encoding="utf-8")
+    write_reports(records, asked.out)
     sys.stdout.write(page)
 
 
