@@ -34,6 +34,8 @@ OVERRIDES = {
     "mrpc": (
         "stages.finetune.epochs=5", "stages.finetune.freeze_embeddings=true",
         "stages.quarter.other_words=1", "stages.quarter.epochs=2",
+        "stages.cut-eighth.epochs=1",
+        *(f"targets.{name}.stages.codes.epochs=1" for name in ("eighth-4", "eighth-3")),
     ),
 }  # fmt: skip
 
