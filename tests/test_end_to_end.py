@@ -201,7 +201,7 @@ def test_methods_combine_into_one_file(recipe: str, qdp: tuple[Outcome, list[str
         "stages.prune-structure.epochs=1",
     ]
     if recipe == "smallest":
-        overrides += ["stages.factorize.vocabulary_rank=8", "stages.factorize.epochs=1"]
+        overrides += ["stages.factorize.vocabulary_rank=8", "stages.factorize.epochs=1", "stages.cluster-weights.epochs=1"]
     else:  # tuning is minutes of measuring: test_stage_optimize_graph.py tunes
         overrides += [f"targets.{name}.stages.optimize-graph.tune=false" for name in ("int8", "fastest")]
     outcome, lines = run(recipe, place / recipe, model=place / "model", store=place / "store", overrides=overrides)
