@@ -293,6 +293,7 @@ def inspect(
     epilog="Examples:\n\n"
     "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to hf --out my-model       for optimum, transformers and the Hub\n\n"
     "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to folder --out my-model   for a session of your own\n\n"
+    "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to hf --out my-model --push me/my-model   to the Hub, too\n\n"
     "Then: onnxsqueeze verify my-model"
 )
 def deploy(
@@ -308,13 +309,30 @@ def deploy(
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write: a new or an empty one", show_default=False)],
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="Send the folder to this model repository of the Hub, too; a new one is made private",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Write one measured target as a folder that others load, with its record, its golden answers and a README."""
     from onnxsqueeze.deploy.source import find
     from onnxsqueeze.deploy.write import deploy as write
 
+    if push is not None:
+        from onnxsqueeze.deploy.push import check_name
+        from onnxsqueeze.deploy.push import push as send
+
+        if to != "hf":
+            raise UsageError(f"--push goes with --to hf, got --to {to}", remedy="the Hub takes a Hugging Face folder")
+        check_name(push)
     files = write(find(run, target), to, out)
     typer.echo(f"wrote {out}: {', '.join(sorted(files))}")
+    if push is not None:
+        typer.echo(f"pushed: {send(out, push)}")
 
 
 @app.command(

@@ -98,17 +98,18 @@ def _measured(source: Source) -> str:
     head = f"| | MB | smaller | p50, ms | faster (95 %) | {record.task.primary} × 100 (95 %) | change, points (95 %) |\n| --- | --- | --- | --- | --- | --- | --- |"
     rows = [_row(source, one) for one in (source.baseline, target) if one]
     latency = target.latency
-    where = (
-        f"p50 of {latency.n:,} runs at batch {latency.batch}, {latency.sequence} tokens, {latency.threads} thread{'s' if latency.threads > 1 else ''}, "
-        if latency
-        else ""
-    )
     machine = f"{record.environment.cpu} ({record.environment.instruction_set}), {target.runtime}"
-    return (
-        f"## Measured\n\n{head}\n"
-        + "\n".join(rows)
-        + f"\n\nThe metric: {split.name} ({split.source}, {split.n:,} rows). Times: {where}{machine}. All of it: results.json."
+    times = (
+        f"Times: p50 of {latency.n:,} runs at batch {latency.batch}, {latency.sequence} tokens, {_threads_in_words(latency.threads)}, {machine}."
+        if latency
+        else f"Measured on {machine}; no times were taken."
     )
+    notes = f"The metric: {split.name} ({split.source}, {split.n:,} rows). {times} All of it: results.json."
+    return "\n".join(["## Measured\n", head, *rows, "", notes])
+
+
+def _threads_in_words(n: int) -> str:
+    return f"{n} thread{'s' if n > 1 else ''}"
 
 
 def _row(source: Source, one: Target) -> str:
@@ -185,7 +186,7 @@ print(classify("a text", truncation=True, max_length={source.record.task.max_len
 def _threads(source: Source) -> str:
     n = source.golden.threads
     return (
-        f"It was measured with {n} thread{'s' if n > 1 else ''}. ONNX Runtime's own default is a thread for each core of the host, whatever the container may use: "
+        f"It was measured with {_threads_in_words(n)}. ONNX Runtime's own default is a thread for each core of the host, whatever the container may use: "
         "set `intra_op_num_threads` to the cores that this process has for one request, and send a few requests of real length before the first that counts."
     )
 

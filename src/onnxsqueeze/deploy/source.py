@@ -50,10 +50,11 @@ class Source:
         names = read_config(self.folder).get("id2label") or {}
         return tuple(str(name) for _, name in sorted(names.items(), key=lambda item: int(item[0])))
 
-    def files(self, model_folder: str = "") -> dict[str, Path]:
+    def files(self, model_folder: str = "") -> dict[str, Path | bytes]:
         """Where each file goes (relative, with ``/``) → where it lies: the model below ``model_folder``, the others at the top."""
         inside = f"{model_folder}/" if model_folder else ""
-        return {f"{inside}{name}": self.folder / name for name in self.model} | {name: self.folder / name for name in self.beside}
+        moved: dict[str, Path | bytes] = {f"{inside}{name}": self.folder / name for name in self.model}
+        return moved | {name: self.folder / name for name in self.beside}
 
     def results(self, moved: Mapping[str, Path | bytes], model: str) -> Results:
         """The record of this target alone, for a folder that holds the files ``moved`` with the .onnx at ``model``; see `files`."""

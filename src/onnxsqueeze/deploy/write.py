@@ -12,15 +12,16 @@ from typing import Any
 from onnxsqueeze.artifact import MODEL_FILE
 from onnxsqueeze.deploy.card import folder_readme, model_card
 from onnxsqueeze.deploy.source import Source
-from onnxsqueeze.errors import ModelError, UsageError, nearest
+from onnxsqueeze.errors import ModelError, UsageError, nearest, without_paths
 from onnxsqueeze.nn.checkpoint import read_config
 from onnxsqueeze.output import whole
 from onnxsqueeze.results import RESULTS_FILE
 
 Files = Mapping[str, Path | bytes]  # name in the deployed folder → content, or the file that it is a copy of
 
-_CONFIG, _README = "config.json", "README.md"
-_TOKENIZER_NOTES = ("tokenizer_config.json", "special_tokens_map.json")
+_CONFIG, _TOKENIZER_CONFIG, _README = "config.json", "tokenizer_config.json", "README.md"
+_TOKENIZER_NOTES = (_TOKENIZER_CONFIG, "special_tokens_map.json")
+_PLACES = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")  # keys in which transformers noted a folder
 
 
 def deploy(source: Source, kind: str, out: Path) -> tuple[str, ...]:
@@ -52,7 +53,7 @@ def deploy(source: Source, kind: str, out: Path) -> tuple[str, ...]:
 
 def _folder(source: Source) -> Files:
     """The model, its tokenizer and configuration, golden answers and record, all at the top."""
-    files: dict[str, Path | bytes] = dict(source.files())
+    files: dict[str, Path | bytes] = source.files() | _without_paths(source)
     files[RESULTS_FILE] = source.results(files, MODEL_FILE).to_json().encode()
     files[_README] = folder_readme(source, MODEL_FILE).encode()
     return files
@@ -62,8 +63,7 @@ def _hugging_face(source: Source) -> Files:
     """As the Hub's users expect it: onnx/model.onnx, which optimum and transformers.js find, and what AutoConfig and AutoTokenizer read at the top."""
     _require_known_type(source)
     model = f"onnx/{MODEL_FILE}"
-    files: dict[str, Path | bytes] = dict(source.files("onnx"))
-    files |= _tokenizer_notes(source)
+    files: dict[str, Path | bytes] = source.files("onnx") | _without_paths(source) | _tokenizer_notes(source)
     files[_CONFIG] = _config(source)
     files[RESULTS_FILE] = source.results(files, model).to_json().encode()
     files[_README] = model_card(source, model).encode()
@@ -73,9 +73,25 @@ def _hugging_face(source: Source) -> Files:
 KINDS: Mapping[str, Callable[[Source], Files]] = {"folder": _folder, "hf": _hugging_face}
 
 
+def _without_paths(source: Source) -> dict[str, Path | bytes]:
+    """The JSON files in which older versions of transformers left where a model lay on somebody's machine, without that."""
+    changed: dict[str, Path | bytes] = {}
+    for name in (_CONFIG, _TOKENIZER_CONFIG):
+        if name not in source.beside:
+            continue
+        held = json.loads((source.folder / name).read_text(encoding="utf-8"))
+        kept = {
+            key: value for key, value in held.items() if not (key in _PLACES and isinstance(value, str) and without_paths(value) != value)
+        }
+        if kept != held:
+            changed[name] = (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
+    return changed
+
+
 def _config(source: Source) -> bytes:
     """config.json with the labels both ways and the class that loads it, which transformers leaves out where they are its own defaults."""
     config = read_config(source.folder)
+    config.pop("_name_or_path", None)
     if not source.embeds:
         labels = source.labels or tuple(f"LABEL_{i}" for i in range(len(source.golden.logits[0])))
         config |= {"id2label": {str(i): name for i, name in enumerate(labels)}, "label2id": {name: i for i, name in enumerate(labels)}}
