@@ -489,9 +489,8 @@ def test_a_file_that_takes_single_rows_alone_is_a_failed_row_and_the_record_is_w
     onnx.save(model, folder / "model.onnx")
     narrow = replace(narrow, artifact=Artifact(folder, "onnx", "narrow", folder_digest(folder)))
     measurements = Measurements(store, watcher, settings, info, prepared.task.dev(), Backends(), fresh=False)
-    whole, failed = Measurer(measurements, prepared.plan.baselines, prepared.plan.parents).targets(
-        [fp32, narrow], prepared.loaded.recipe.gates
-    )
+    measurer = Measurer(measurements, prepared.plan.baselines, prepared.plan.parents, lambda *_: b"")
+    whole, failed = measurer.targets([fp32, narrow], prepared.loaded.recipe.gates)
     assert (whole.status, failed.status) == ("ok", "failed")
     assert "stopped while running" in str(failed.reason)
     assert failed.size_bytes == (folder / "model.onnx").stat().st_size

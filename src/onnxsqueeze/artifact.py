@@ -17,6 +17,7 @@ from typing import Literal
 Format = Literal["checkpoint", "onnx"]
 
 MODEL_FILE = "model.onnx"
+MODEL_SUFFIX = ".onnx"
 EXTERNAL_DATA_FILE = "model.onnx_data"  # the name that transformers.js and optimum look for
 SIDE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt")
 
@@ -39,10 +40,12 @@ class Artifact:
         return self.path / MODEL_FILE
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of one file, read in pieces."""
+def file_sha256(path: Path, appended: bytes = b"") -> str:
+    """The sha256 of one file, read in pieces, and of what is ``appended`` to it."""
     with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+        digest = hashlib.file_digest(handle, "sha256")
+    digest.update(appended)
+    return digest.hexdigest()
 
 
 def folder_files(folder: Path) -> list[Path]:

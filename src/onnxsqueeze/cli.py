@@ -241,11 +241,15 @@ def report(
 @app.command(
     epilog="Examples:\n\n  onnxsqueeze verify runs/qdp-toy/qdp-ort                     files, outputs, latency, metric\n\n"
     "  onnxsqueeze verify runs/qdp-sst2/qdp-ort --data-dir glue/   with the metric on GLUE's dev file\n\n"
+    "  onnxsqueeze verify deployed/                                a folder of `deploy`\n\n"
     "Exit codes: 0 as recorded, 1 other files or other outputs, 3 slower or worse than recorded."
 )
 def verify(
     target: Annotated[
-        Path, typer.Argument(metavar="FILE_OR_TARGET_DIR", help="A target's folder below --out, or its model.onnx", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="FILE_OR_DIR", help="A target's folder below --out, a folder of `deploy`, or the model.onnx in one", show_default=False
+        ),
     ],
     *,
     data_dir: Annotated[
@@ -267,6 +271,68 @@ def verify(
             if finding.passed is False:
                 failed.add(finding.exit_code)
     raise typer.Exit(min(failed, default=0))
+
+
+@app.command(
+    epilog="Examples:\n\n  onnxsqueeze inspect runs/qdp-toy/qdp-ort/model.onnx                   what it is, and where it comes from\n\n"
+    "  onnxsqueeze inspect model.onnx --recipe > r.yaml && onnxsqueeze check r.yaml"
+)
+def inspect(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An .onnx file, or a folder that holds one", show_default=False)],
+    *,
+    recipe: Annotated[bool, typer.Option("--recipe", help="Print the recipe that made it, as YAML, and nothing else")] = False,
+) -> None:
+    """Show an .onnx file: inputs, outputs, operators, digests, and the provenance that `run` wrote into it. Nothing of it is run."""
+    from onnxsqueeze import inspection
+
+    text = inspection.recipe(model) if recipe else "\n".join(inspection.lines(inspection.inspect(model))) + "\n"
+    typer.echo(text, nl=False)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to hf --out my-model       for optimum, transformers and the Hub\n\n"
+    "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to folder --out my-model   for a session of your own\n\n"
+    "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to hf --out my-model --push me/my-model   to the Hub, too\n\n"
+    "Then: onnxsqueeze verify my-model"
+)
+def deploy(
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Output folder of `run`", show_default=False)],
+    *,
+    target: Annotated[str, typer.Option(metavar="NAME", help="Which of its targets", show_default=False)],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="folder (model, tokenizer, record, README) or hf (a Hugging Face repository with its model card)",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write: a new or an empty one", show_default=False)],
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="Send the folder to this model repository of the Hub, too; a new one is made private",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write one measured target as a folder that others load, with its record, its golden answers and a README."""
+    from onnxsqueeze.deploy.source import find
+    from onnxsqueeze.deploy.write import deploy as write
+
+    if push is not None:
+        from onnxsqueeze.deploy.push import check_name
+        from onnxsqueeze.deploy.push import push as send
+
+        if to != "hf":
+            raise UsageError(f"--push goes with --to hf, got --to {to}", remedy="the Hub takes a Hugging Face folder")
+        check_name(push)
+    files = write(find(run, target), to, out)
+    typer.echo(f"wrote {out}: {', '.join(sorted(files))}")
+    if push is not None:
+        typer.echo(f"pushed: {send(out, push)}")
 
 
 @app.command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,13 @@ class Document:
         """A fault at ``place``, or in the nearest part above it that the file has; ``shown`` is how the message spells the place."""
         line = next((self.lines[place[:n]] for n in range(len(place), -1, -1) if place[:n] in self.lines), None)
         return Fault(self.file, line, _spell(place if shown is None else shown), message)
+
+    def override_all(self, overrides: Iterable[str]) -> None:
+        """Put several ``PATH=VALUE`` of a recipe into the data, in order; a task given by its name alone becomes a mapping where one looks into it."""
+        for override in overrides:
+            if override.startswith("task.") and isinstance(self.data.get("task"), str):
+                self.data["task"] = {"name": self.data["task"]}
+            self.override(override)
 
     def override(self, override: str) -> None:
         """Put one ``PATH=VALUE`` into the data, which must be a mapping. Raises UsageError where it cannot be."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxsqueeze.artifact import EXTERNAL_DATA_FILE, MODEL_FILE
-from onnxsqueeze.errors import StageError, without_paths
+from onnxsqueeze.errors import ModelError, StageError, without_paths
 
 if TYPE_CHECKING:
     import onnx
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 EXTERNAL_ABOVE_BYTES = 1_900_000_000
 _EXTERNAL_TENSOR_BYTES = 1024  # onnx.save_model's own default: smaller tensors stay in the .onnx
 _PRODUCER = "onnxsqueeze"
+_INSTEAD_OF_ONNX = "name an .onnx file as `onnxsqueeze run` writes it; checkpoints (safetensors, pickles) and .ort files are something else"
 
 
 def load(path: Path) -> onnx.ModelProto:
@@ -31,7 +32,10 @@ def load(path: Path) -> onnx.ModelProto:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The .onnx file, then those beside it that hold tensors of it, whether they are there or not."""
+    """The .onnx file, then those beside it that hold tensors of it, whether they are there or not.
+
+    Raises ModelError where it names one outside its folder: by an absolute path, by ``..``, or by a link.
+    """
     import onnx
 
     found: set[str] = set()
@@ -46,7 +50,32 @@ def files_of(path: Path) -> list[Path]:
                 left += [attribute.g, *attribute.graphs]
         external = [tensor for tensor in tensors if tensor.data_location == onnx.TensorProto.EXTERNAL]
         found |= {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
+    folder = path.parent.resolve()
+    for name in sorted(found):
+        if not (folder / name).resolve().is_relative_to(folder):
+            raise ModelError(
+                f"{path.parent.name}/{path.name}: its weights are said to lie in {without_paths(name)!r}, outside its folder",
+                remedy="do not use this file: a model is its .onnx and files beside it",
+            )
     return [path, *(path.parent / name for name in sorted(found))]
+
+
+def read(path: Path) -> onnx.ModelProto:
+    """The .onnx file as it is, without the external data beside it. Raises ModelError where it is no ONNX or cannot be read."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except OSError as error:
+        raise ModelError(
+            f"{path}: cannot be read: {error.strerror}", remedy="name an .onnx file, or a folder that holds model.onnx"
+        ) from error
+    except (DecodeError, ValueError) as error:
+        raise ModelError(f"{path}: is no ONNX file", remedy=_INSTEAD_OF_ONNX) from error
+    if not model.HasField("graph") or not model.opset_import:  # protobuf takes an empty file, and some others, for a message
+        raise ModelError(f"{path}: is no ONNX file: it holds no graph", remedy=_INSTEAD_OF_ONNX)
+    return model
 
 
 def save(model: onnx.ModelProto, folder: Path, *, external_above_bytes: int = EXTERNAL_ABOVE_BYTES) -> Path:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from pydantic import BaseModel
 
 from onnxsqueeze import environment, graph, timing, weights
-from onnxsqueeze.artifact import Artifact
+from onnxsqueeze.artifact import MODEL_SUFFIX, Artifact, file_sha256
 from onnxsqueeze.backends import Backends
 from onnxsqueeze.entropy import bound_bytes, entropy_bytes
 from onnxsqueeze.errors import MeasureError, SqueezeError
@@ -28,6 +28,7 @@ from onnxsqueeze.measure.proof import proof
 from onnxsqueeze.measure.settings import MeasureSettings
 from onnxsqueeze.measure.size import measure_size
 from onnxsqueeze.measure.work import FixedWork, TaskWork, Work
+from onnxsqueeze.provenance import added_bytes
 from onnxsqueeze.results import FileRecord, Load, Proof, SizeParts, WeightClass
 from onnxsqueeze.stage import Progress
 from onnxsqueeze.store import Store
@@ -116,6 +117,22 @@ class Measurements:
         )
         self.store.keep_measurement("content", causes, found.model_dump_json(by_alias=True).encode())
         return found
+
+    def published(self, artifact: Artifact, provenance: bytes) -> Content:
+        """The content of the folder once ``provenance`` is appended to each of its .onnx files; nothing is packed again for it."""
+        found, added = self.content(artifact), added_bytes(provenance)
+        parts = found.size_parts_bytes
+        return found.model_copy(
+            update={
+                "size_bytes": found.size_bytes + added["plain"],
+                "size_gzip_bytes": found.size_gzip_bytes + added["gzip"],
+                "size_dense_bytes": found.size_dense_bytes + added["plain"],
+                "size_dense_gzip_bytes": found.size_dense_gzip_bytes + added["gzip"],
+                "size_dense_zstd_bytes": found.size_dense_zstd_bytes + added["zstd"],
+                "size_parts_bytes": parts.model_copy(update={"graph": parts.graph + added["plain"]}),
+                "files": tuple(_appended(file, artifact, provenance) for file in found.files),
+            }
+        )
 
     def check_operators(self, subject: Subject) -> None:
         """Raise MeasureError where the file holds operators that the backend is known to have no kernel for."""
@@ -328,6 +345,12 @@ class Measurements:
             "max_length": self.info.max_length,
             **({"compare": self.info.compare} if self.info.embeds else {}),
         }
+
+
+def _appended(file: FileRecord, artifact: Artifact, provenance: bytes) -> FileRecord:
+    if not file.path.endswith(MODEL_SUFFIX):
+        return file
+    return FileRecord(path=file.path, sha256=file_sha256(artifact.path / file.path, provenance), bytes=file.bytes + len(provenance))
 
 
 def _with_text(result: LatencyResult, subject: Subject, work: Work) -> LatencyResult:

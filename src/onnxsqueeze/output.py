@@ -6,10 +6,11 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from onnxsqueeze.artifact import file_sha256, folder_files, make_durable
+from onnxsqueeze.artifact import MODEL_SUFFIX, file_sha256, folder_files, make_durable
 from onnxsqueeze.errors import UsageError
 from onnxsqueeze.results import RESULTS_FILE
 from onnxsqueeze.store import write_atomically, writing
@@ -25,23 +26,33 @@ def check_writable(out: Path) -> None:
         raise UsageError(f"output folder {out}: cannot be written to: {error.strerror}", remedy="name another with --out DIR") from error
 
 
-def publish(source: Path, folder: Path, beside: Mapping[str, bytes]) -> None:
-    """Put a copy of a model folder at ``folder`` with the files ``beside`` it, whole or not at all.
+def publish(source: Path, folder: Path, beside: Mapping[str, bytes], provenance: bytes = b"") -> None:
+    """Put a copy of a model folder at ``folder`` with the files ``beside`` it, whole or not at all; ``provenance`` is appended to each .onnx.
 
     Raises StoreError where the disk is full or read-only.
     """
-    if folder.is_dir() and _is_copy(folder, source, beside):
+    if folder.is_dir() and _is_copy(folder, source, beside, provenance):
         return
+    with whole(folder) as draft:
+        for file in folder_files(source):
+            copy = draft / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+            if file.suffix == MODEL_SUFFIX:
+                with copy.open("ab") as handle:
+                    handle.write(provenance)
+        for name, content in beside.items():
+            (draft / name).write_bytes(content)
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """An empty folder to write to, which takes the place of ``folder`` at the end, or vanishes where something is raised. Raises StoreError where the disk is full."""
     with writing(folder.parent, f"write {folder.name}"):
         draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
         try:
             draft.chmod(0o755)
-            for file in folder_files(source):
-                copy = draft / file.relative_to(source)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, copy)
-            for name, content in beside.items():
-                (draft / name).write_bytes(content)
+            yield draft
             make_durable(draft)
             if folder.exists():
                 shutil.rmtree(folder)
@@ -61,9 +72,12 @@ def put_samples(folder: Path, files: Mapping[str, bytes]) -> None:
             write_atomically(folder.parent / name, content)
 
 
-def _is_copy(folder: Path, source: Path, beside: Mapping[str, bytes]) -> bool:
+def _is_copy(folder: Path, source: Path, beside: Mapping[str, bytes], provenance: bytes) -> bool:
     there = {file.relative_to(folder).as_posix(): file_sha256(file) for file in folder_files(folder)}
-    wanted = {file.relative_to(source).as_posix(): file_sha256(file) for file in folder_files(source)}
+    wanted = {
+        file.relative_to(source).as_posix(): file_sha256(file, provenance if file.suffix == MODEL_SUFFIX else b"")
+        for file in folder_files(source)
+    }
     return there == wanted | {name: hashlib.sha256(content).hexdigest() for name, content in beside.items()}
 
 

@@ -5,23 +5,24 @@ The dev set is opened after the last stage, by the measuring alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from onnxsqueeze import backends, environment, graph
+from onnxsqueeze import __version__, backends, environment, graph
 from onnxsqueeze.artifact import Artifact
-from onnxsqueeze.errors import GateMissed, SqueezeError, StageError, StoreError, Unavailable
+from onnxsqueeze.errors import GateMissed, SqueezeError, StageError, StoreError, Unavailable, without_paths
 from onnxsqueeze.measure.golden import GOLDEN_FILE
 from onnxsqueeze.measurements import SAMPLES_FOLDER, Measurements
 from onnxsqueeze.output import check_writable, publish, put_samples, remove_stale
 from onnxsqueeze.plan import Branch, Step
-from onnxsqueeze.prepare import Prepared, Request, command_of
+from onnxsqueeze.prepare import Prepared, Request, changed_by_options, command_of
+from onnxsqueeze.provenance import Provenance, Rows, Score, as_options, encode
 from onnxsqueeze.record import Made, Measurer
 from onnxsqueeze.report.write import write_reports
-from onnxsqueeze.results import RESULTS_FILE, Results, Split, StageRecord, Target, TaskRecord
+from onnxsqueeze.results import RESULTS_FILE, MetricValue, Results, Split, StageRecord, Target, TaskRecord
 from onnxsqueeze.stage import Changed, Context, Progress
 from onnxsqueeze.store import Entry, Store, exclusive, write_atomically
 from onnxsqueeze.tasks.metrics import primary, said
@@ -214,7 +215,11 @@ def _measure(prepared: Prepared, store: Store, watcher: Watcher, maker: _Maker, 
     dev = task.dev()
     registry = prepared.request.backends
     measurements = Measurements(store, watcher, recipe.measure, task.info, dev, registry, prepared.request.fresh)
-    measurer = Measurer(measurements, prepared.plan.baselines, prepared.plan.parents)
+
+    def provenance(one: Made, runtime: str | None, metrics: Mapping[str, Mapping[str, MetricValue]]) -> bytes:
+        return encode(_provenance(prepared, dev, one, runtime, metrics), prepared.loaded.text)
+
+    measurer = Measurer(measurements, prepared.plan.baselines, prepared.plan.parents, provenance)
     targets = measurer.targets(made, recipe.gates)
     looks = {split.name: store.looks(split.sha256, measurer.models(made)) for split in dev}
     results = Results(
@@ -247,12 +252,51 @@ def _measure(prepared: Prepared, store: Store, watcher: Watcher, maker: _Maker, 
     for one in made:
         if one.artifact:
             name = one.branch.target.name
-            beside = {GOLDEN_FILE: measurer.goldens[name].to_json().encode()} if name in measured else {}
-            publish(one.artifact.path, prepared.out / name, beside)
+            note = measurer.provenance[name]
+            beside = {GOLDEN_FILE: measurer.goldens[name].beside(one.artifact.path, note).to_json().encode()} if name in measured else {}
+            publish(one.artifact.path, prepared.out / name, beside, note)
     put_samples(prepared.out / SAMPLES_FOLDER, measurements.samples)
     write_atomically(prepared.out / RESULTS_FILE, results.to_json().encode())
     write_reports([results], prepared.out)
     return Outcome(results, prepared.out, tuple(_problems(prepared.request, targets)))
+
+
+def _provenance(
+    prepared: Prepared, dev: Sequence[SplitRows], one: Made, runtime: str | None, metrics: Mapping[str, Mapping[str, MetricValue]]
+) -> Provenance:
+    """Where a target's file comes from; ``metrics`` are empty where it was not measured."""
+    task, request, kept = prepared.task, prepared.request, environment.versions(environment.TOOLS)
+    first = dev[0].name
+    value = metrics[first][task.info.primary] if metrics else None
+    return Provenance(
+        onnxsqueeze=__version__,
+        target=one.branch.target.name,
+        backend=one.branch.backend,
+        stages=tuple(stage.id for stage in one.stages if not stage.skipped),
+        recipe=prepared.loaded.recipe.name,
+        recipe_sha256=prepared.loaded.sha256,
+        overrides=tuple(without_paths(override) for override in request.overrides),
+        options=as_options(changed_by_options(request, prepared.loaded)),
+        model=prepared.start.name,
+        model_sha256=prepared.start.artifact.digest,
+        license=prepared.start.license,
+        task=task.info.name,
+        rows=tuple(
+            Rows(split=split.name, role=split.role, n=len(split.rows), sha256=split.sha256) for split in (task.train, task.selection, *dev)
+        ),
+        seed=prepared.seed,
+        metric=Score(
+            name=task.info.primary,
+            split=first,
+            value=round(value.value, 6),
+            ci95=(round(value.ci95[0], 6), round(value.ci95[1], 6)),
+            n=value.n,
+        )
+        if value
+        else None,
+        runtime=runtime,
+        versions={name: version for name, version in kept.items() if name != "onnxsqueeze"},
+    )
 
 
 def _problems(request: Request, targets: Sequence[Target]) -> list[SqueezeError]:

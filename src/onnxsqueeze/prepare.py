@@ -155,5 +155,16 @@ def command_of(request: Request) -> str:
     return shlex.join([*words, *(["--any-machine"] if request.any_machine else []), *(["--fresh"] if request.fresh else [])])
 
 
+def changed_by_options(request: Request, loaded: LoadedRecipe) -> dict[str, object]:
+    """What the options of the command line put in place of the recipe's own values, by key of the recipe; None where they leave it. No absolute path."""
+    settings = loaded.recipe.task
+    named = request.task if request.task not in (None, settings.name) else None
+    return {
+        "task": _other_task(named, settings).model_dump(mode="json", exclude_defaults=True) if named else None,
+        "model": _nameless(Path(request.model)) if request.model else None,
+        "seed": request.seed,
+    }
+
+
 def _nameless(path: Path) -> str:
     return path.as_posix() if not path.is_absolute() and ".." not in path.parts and not path.as_posix().startswith("~") else path.name

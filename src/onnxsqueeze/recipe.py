@@ -78,9 +78,10 @@ class Recipe(_Part):
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A checked recipe, the digest of the text it came from, the document (for later messages), and the folder it lies in."""
+    """A checked recipe, the text it came from and its digest, the document (for later messages), and the folder it lies in."""
 
     recipe: Recipe
+    text: str
     sha256: str
     document: Document
     folder: Path
@@ -118,17 +119,14 @@ def load(file: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     if not isinstance(document.data, dict):
         got = type(document.data).__name__
         raise RecipeError([*faults, Fault(name, 1, "", f"a recipe is a mapping with 'schema', 'name', 'task' and 'targets', got {got}")])
-    for override in overrides:
-        if override.startswith("task.") and isinstance(document.data.get("task"), str):
-            document.data["task"] = {"name": document.data["task"]}
-        document.override(override)
+    document.override_all(overrides)
     try:
         recipe = Recipe.model_validate(document.data)
     except ValidationError as error:
         faults += [_from_pydantic(e, document) for e in error.errors(include_url=False)]
         raise RecipeError(_in_order(faults)) from error
     sha256 = hashlib.sha256(content + "".join(f"\n{o}" for o in overrides).encode()).hexdigest()
-    loaded = LoadedRecipe(recipe, sha256, document, file.parent)
+    loaded = LoadedRecipe(recipe, text, sha256, document, file.parent)
     faults += _check_order(loaded)
     if faults:
         raise RecipeError(_in_order(faults))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from onnxsqueeze.measure.metric import compare, evaluate, quality
 from onnxsqueeze.measurements import Measurements, Subject
 from onnxsqueeze.plan import Branch
 from onnxsqueeze.recipe import Gates
-from onnxsqueeze.results import Gate, MetricDelta, StageRecord, Target, VsBaseline, VsParent
+from onnxsqueeze.results import Gate, MetricDelta, MetricValue, StageRecord, Target, VsBaseline, VsParent
 from onnxsqueeze.store import key_of
 from onnxsqueeze.tasks.rows import SplitRows
 from onnxsqueeze.timing import Timed
@@ -45,8 +45,17 @@ class _Found:
 class Measurer:
     """Makes the records of one run's targets out of `Measurements`."""
 
-    def __init__(self, measurements: Measurements, baselines: Mapping[str, str], parents: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        measurements: Measurements,
+        baselines: Mapping[str, str],
+        parents: Mapping[str, str],
+        provenance: Callable[[Made, str | None, Mapping[str, Mapping[str, MetricValue]]], bytes],
+    ) -> None:
+        """``provenance(made, runtime, metrics)`` are the bytes that a target's published files end with."""
         self.measurements, self.baselines, self.parents = measurements, baselines, parents
+        self._provenance = provenance
+        self.provenance: dict[str, bytes] = {}  # target → what its .onnx files end with
         self.info, self.dev = measurements.info, measurements.dev
         self.goldens: dict[str, Golden] = {}  # target → what it says to a few generated sentences, for `onnxsqueeze verify`
 
@@ -115,11 +124,15 @@ class Measurer:
             "baseline": target.name == self.baselines[backend],
             "stages": one.stages,
         }
-        if one.artifact:
-            content = self.measurements.content(one.artifact)
-            files = tuple(f.model_copy(update={"path": f"{name}/{f.path}"}) for f in content.files)
-            facts |= {**dict(content), "model": f"{name}/{MODEL_FILE}", "files": files}
         problem = one.problem or failed.get(name)
+        metrics: dict[str, dict[str, MetricValue]] = {}
+        if name in found and not problem:
+            metrics = {split.name: evaluate(self.info, found[name].logits[split.name], _labels(split)) for split in self.dev}
+        if one.artifact:
+            self.provenance[name] = self._provenance(one, found[name].ran["runtime"] if metrics else None, metrics)
+            content = self.measurements.published(one.artifact, self.provenance[name])
+            files = tuple(f.model_copy(update={"path": f"{name}/{f.path}"}) for f in content.files)
+            facts |= {**dict(content), "model": f"{name}/{MODEL_FILE}", "files": files, "size_provenance_bytes": len(self.provenance[name])}
         if problem:
             status = "skipped" if isinstance(problem, Unavailable) else "failed"
             remedy = without_paths(problem.remedy) if problem.remedy else None
@@ -127,7 +140,6 @@ class Measurer:
         if absent:
             return Target(status="skipped", reason=without_paths(absent[0]), remedy=without_paths(absent[1]), **facts)
         logits, shapes = found[name].logits, found[name].timed
-        metrics = {split.name: evaluate(self.info, logits[split.name], _labels(split)) for split in self.dev}
         base_logits = found[base.name].logits if base and base.name in found else None
         timed = shapes[0] if shapes else None
         versus = self._versus(logits, base_logits, timed, facts["size_bytes"], base) if base else None

@@ -206,7 +206,7 @@ class SizeParts(_Part):
     biases_and_norms: int
     constants: int = Field(description="Nothing that is learned: shapes, axes, positions, scalars")
     decoders: int = Field(description="Tables and constants that the decoders of packed weights share")
-    graph: int = Field(description="Everything that is no initializer: operators, decoders' too, and names")
+    graph: int = Field(description="Everything that is no initializer: operators, decoders' too, names, and the provenance")
 
 
 class FileRecord(_Part):
@@ -271,6 +271,9 @@ class Target(_Part):
         description="Order-0 entropy of each integer weight of the dense twin, zeros included, summed, and the bytes of scales and zero points; null without integer weights",
     )
     size_parts_bytes: SizeParts | None = None
+    size_provenance_bytes: int | None = Field(
+        None, description="Of the .onnx, what its provenance takes: recipe, digests, versions, metric; null where it carries none"
+    )
     tokenizer_bytes: int | None = None
     latency: Latency | None = None
     latencies: tuple[Latency, ...] = ()

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnxsqueeze import environment
-from onnxsqueeze.artifact import MODEL_FILE
+from onnxsqueeze import environment, graph
+from onnxsqueeze.artifact import MODEL_FILE, file_sha256
 from onnxsqueeze.backends import HERE, Backends
 from onnxsqueeze.errors import UsageError
 from onnxsqueeze.measure import golden
@@ -46,29 +46,61 @@ def verify(
     backends: Backends = HERE,
     reader: Callable[[], Reading | None] = read_load,
 ) -> Iterator[Finding]:
-    """Compare a target's folder (or its model.onnx) with what was written when it was measured.
+    """Compare a target's folder, a deployed one, or its model.onnx with what was written when it was measured.
 
-    Files and outputs always; latency and metric where the record lies beside the folder. Raises DataError where golden.json is missing or
-    damaged, MeasureError where the model does not run, Unavailable where its backend does not start.
+    Files and outputs always; latency and metric where the record lies beside the folder, or in a deployed one. Raises DataError where
+    golden.json is missing or damaged, MeasureError where the model does not run, Unavailable where its backend does not start, ModelError
+    where its external data lies outside its folder.
     """
-    folder = path.parent if path.is_file() else path
-    known = golden.read(folder)
-    yield _files(folder, known)
-    now = golden.answers(folder, known.backend, known.threads, known.max_length, known.sentences, backends, vectors=known.vectors)
+    place = _Place.of(path)
+    known = golden.read(place.folder)
+    if place.onnx.is_file():
+        graph.files_of(place.onnx)
+    yield _files(place, known)
+    now = golden.answers(
+        place.folder, known.backend, known.threads, known.max_length, known.sentences, backends, vectors=known.vectors, onnx=place.onnx
+    )
     yield _outputs(known, now)
     yield _invariance(now)
-    record = read_results(folder.parent) if (folder.parent / RESULTS_FILE).is_file() else None
-    target = next((t for t in record.targets if t.name == folder.name), None) if record else None
+    record, target = place.record, place.target
     if record is None or target is None or target.status != "ok":
-        yield Finding("record", None, f"no record of it in {folder.parent / RESULTS_FILE}: latency and metric are not compared", 0)
+        yield Finding("record", None, f"no record of it in {place.folder.parent / RESULTS_FILE}: latency and metric are not compared", 0)
         return
-    yield _latency(folder, record, target, progress, backends, reader)
-    yield from _metrics(folder, record, target, data_dir, progress, backends)
+    yield _latency(place, record, target, progress, backends, reader)
+    yield from _metrics(place, record, target, data_dir, progress, backends)
 
 
-def _files(folder: Path, known: golden.Golden) -> Finding:
-    found = golden.digests(folder)
+@dataclass(frozen=True)
+class _Place:
+    """Where a model lies: its .onnx, the folder of its tokenizer and golden answers, and its record, with one target where it was deployed."""
+
+    onnx: Path
+    folder: Path
+    record: Results | None
+    target: Target | None
+    deployed: bool
+
+    @classmethod
+    def of(cls, path: Path) -> _Place:
+        folder = path.parent if path.is_file() else path
+        if path.is_file() and not (folder / golden.GOLDEN_FILE).is_file() and (folder.parent / golden.GOLDEN_FILE).is_file():
+            folder = folder.parent  # DIR/onnx/model.onnx
+        onnx = next((file for file in (folder / MODEL_FILE, folder / "onnx" / MODEL_FILE) if file.is_file()), folder / MODEL_FILE)
+        deployed = (folder / RESULTS_FILE).is_file() and (folder / golden.GOLDEN_FILE).is_file()
+        beside = folder if deployed else folder.parent
+        record = read_results(beside) if (beside / RESULTS_FILE).is_file() else None
+        wanted = (target for target in record.targets if deployed or target.name == folder.name) if record else iter(())
+        return cls(onnx, folder, record, next(wanted, None), deployed)
+
+
+def _files(place: _Place, known: golden.Golden) -> Finding:
+    """The model's files; of a deployed folder also those beside it."""
+    found = golden.digests(place.onnx.parent)
     changed = sorted(name for name in known.sha256.keys() | found.keys() if known.sha256.get(name) != found.get(name))
+    for file in place.target.files if place.deployed and place.target else ():
+        here = place.folder / file.path
+        if Path(file.path).name not in known.sha256 and (not here.is_file() or file_sha256(here) != file.sha256):
+            changed.append(file.path)
     text = "the files that were measured" if not changed else f"{', '.join(changed)}: not what was measured (sha256 differs)"
     return Finding("files", not changed, text, 1)
 
@@ -95,26 +127,28 @@ def _invariance(now: golden.Golden) -> Finding:
 
 
 def _latency(
-    folder: Path, record: Results, target: Target, progress: Progress, backends: Backends, reader: Callable[[], Reading | None]
+    place: _Place, record: Results, target: Target, progress: Progress, backends: Backends, reader: Callable[[], Reading | None]
 ) -> Finding:
     latency, versus = target.latency, target.vs_baseline
     here = environment.processors()["cpu"]
     if latency is None:
         return Finding("latency", None, "was not measured", 0)
-    base = folder.parent / versus.baseline if versus else None
-    names = [folder, base] if base is not None and (base / MODEL_FILE).is_file() else [folder]
+    base = place.folder.parent / versus.baseline if versus and not place.deployed else None
+    models = {target.name: place.onnx}
+    if base is not None and (base / MODEL_FILE).is_file():
+        models[base.name] = base / MODEL_FILE
     shape = Shape(batch=latency.batch, sequence=latency.sequence, threads=latency.threads)
-    candidates = [Candidate(place.name, place / MODEL_FILE, target.backend) for place in names]
+    candidates = [Candidate(name, onnx, target.backend) for name, onnx in models.items()]
     found = measure_latency(
         candidates,
-        base.name if len(names) > 1 and base else None,
+        base.name if len(models) > 1 and base else None,
         FixedWork(shape),
         MeasureSettings(min_seconds=1.0),
         progress,
         opener=backends.open,
         reader=reader,
     )
-    now = found[folder.name]
+    now = found[target.name]
     text = f"p50 {now.latency.p50_ms:.2f} ms at {shape} (recorded {latency.p50_ms:.2f} ms)"
     if record.environment.cpu != here or record.environment.instruction_set != environment.processors()["instruction_set"]:
         return Finding(
@@ -130,7 +164,7 @@ def _latency(
 
 
 def _metrics(
-    folder: Path, record: Results, target: Target, data_dir: Path | None, progress: Progress, backends: Backends
+    place: _Place, record: Results, target: Target, data_dir: Path | None, progress: Progress, backends: Backends
 ) -> Iterator[Finding]:
     task = record.task
     if task.name not in NAMES:
@@ -143,7 +177,7 @@ def _metrics(
     opened = open_task(settings, data_dir=data_dir, seed=record.seed)
     if opened.info.labels:
         opened = opened.with_label_order(
-            [name for _, name in sorted(read_config(folder)["id2label"].items(), key=lambda item: int(item[0]))]
+            [name for _, name in sorted(read_config(place.folder)["id2label"].items(), key=lambda item: int(item[0]))]
         )
     threads = target.latency.threads if target.latency else 1
     recorded_digests = {split.name: split.sha256 for split in task.splits}
@@ -155,7 +189,9 @@ def _metrics(
                 remedy="name the folder of files that the record was made with",
             )
         rows = as_read(opened.info, split)
-        outputs = predict(folder, target.backend, rows, task.max_length, task.batch, threads, progress, opener=backends.open)
+        outputs = predict(
+            place.folder, target.backend, rows, task.max_length, task.batch, threads, progress, opener=backends.open, onnx=place.onnx
+        )
         value = evaluate(opened.info, said(opened.info, outputs), [row.label for row in split.rows])[task.primary].value
         passed = value >= recorded.ci95[0]
         yield Finding(

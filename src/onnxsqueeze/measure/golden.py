@@ -53,6 +53,10 @@ class Golden(BaseModel):
         """The text of golden.json."""
         return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
 
+    def beside(self, folder: Path, provenance: bytes) -> Golden:
+        """The same, for the model in ``folder`` with ``provenance`` appended to its .onnx."""
+        return self.model_copy(update={"sha256": self.sha256 | {MODEL_FILE: file_sha256(folder / MODEL_FILE, provenance)}})
+
     @property
     def spread(self) -> float:
         """The largest change of a logit by what shares its call."""
@@ -74,13 +78,15 @@ def answers(
     backends: Backends,
     *,
     vectors: bool = False,
+    onnx: Path | None = None,
 ) -> Golden:
-    """What the model in ``folder`` says now to the sentences ``asked``. Raises MeasureError and Unavailable."""
+    """What the model in ``folder`` says now to the sentences ``asked``; ``onnx`` is its file where that lies elsewhere. Raises MeasureError and Unavailable."""
     import numpy as np
 
+    onnx = onnx or folder / MODEL_FILE
     encoder = Encoder(folder, max_length)
     rows = encoder.encode([first for first, _ in asked], [second for _, second in asked])
-    with closing(backends.open(backend, folder / MODEL_FILE, threads)) as session:
+    with closing(backends.open(backend, onnx, threads)) as session:
         alone = np.concatenate([session.run(pad([row], encoder.pad_id)) for row in rows])
         together = session.run(pad(rows, encoder.pad_id))
         width = min(max(len(row) for row in rows) + _PADDING, max_length)
@@ -88,7 +94,7 @@ def answers(
     runtime = backends.get(backend).runtime
     machine = environment.processors()
     return Golden(
-        sha256=digests(folder),
+        sha256=digests(onnx.parent),
         backend=backend,
         threads=threads,
         max_length=max_length,
@@ -115,7 +121,8 @@ def read(folder: Path) -> Golden:
         return Golden.model_validate_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(
-            f"{file}: cannot be read: {error.strerror}", remedy="name a target's folder as `onnxsqueeze run` wrote it"
+            f"{file}: cannot be read: {error.strerror}",
+            remedy="name a target's folder as `onnxsqueeze run` or `onnxsqueeze deploy` wrote it",
         ) from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]

@@ -32,18 +32,19 @@ def predict(
     progress: Progress,
     *,
     opener: Opener = HERE.open,
+    onnx: Path | None = None,
 ) -> NDArray[np.float32]:
     """``logits[rows, outputs]`` of every row in the file's order, ``batch`` rows a call, each padded to the longest of its call.
 
     Outputs of dynamically quantized models depend on what shares a call, so this is how the model is to be served: at batch 1 nothing
-    is padded. Raises MeasureError where the logits are not [batch, outputs] or not finite.
+    is padded. ``onnx`` is the file where it does not lie in ``folder``. Raises MeasureError where the logits are not [batch, outputs] or not finite.
     """
     import numpy as np
 
     encoder = Encoder(folder, max_length)
     rows = encoder.encode([row.text for row in split.rows], [row.text_pair for row in split.rows])
     found: list[NDArray[np.float32]] = []
-    with closing(opener(backend, folder / MODEL_FILE, threads)) as session:
+    with closing(opener(backend, onnx or folder / MODEL_FILE, threads)) as session:
         for call, at in enumerate(range(0, len(rows), batch)):
             part = rows[at : at + batch]
             logits = session.run(pad(part, encoder.pad_id))

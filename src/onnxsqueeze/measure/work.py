@@ -140,7 +140,8 @@ def _made_up(onnx: Path, shape: Shape) -> Feed:
     import numpy as np
 
     place = f"{onnx.parent.name}: config.json"
-    file = onnx.parent / "config.json"
+    beside, above = onnx.parent / "config.json", onnx.parent.parent / "config.json"
+    file = above if onnx.parent.name == "onnx" and not beside.is_file() else beside  # a Hugging Face folder has it one level up
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         vocabulary = int(config["vocab_size"])

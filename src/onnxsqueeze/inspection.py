@@ -1,0 +1,136 @@
+"""`onnxsqueeze inspect`: what an .onnx file is, and what it says of where it comes from. Nothing of it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnxsqueeze import graph
+from onnxsqueeze.artifact import MODEL_FILE, file_sha256
+from onnxsqueeze.errors import ModelError
+from onnxsqueeze.provenance import KEY, RECIPE_KEY, Provenance, decode, recipe_of
+
+if TYPE_CHECKING:
+    import onnx
+
+_PLACES = (MODEL_FILE, f"onnx/{MODEL_FILE}", f"1/{MODEL_FILE}")  # in a target's folder, a Hugging Face one, a Triton one
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """One file. ``values`` are ("input" | "output", name, type, dims), a dim by its name where it is free; ``files`` (name, bytes, sha256), the .onnx first.
+
+    ``provenance`` is None where the file carries none; ``recipe`` is then empty.
+    """
+
+    files: tuple[tuple[str, int, str], ...]
+    values: tuple[tuple[str, str, str, tuple[str, ...]], ...]
+    ir_version: int
+    opsets: dict[str, int]
+    operators: dict[str, int]
+    provenance_bytes: int
+    provenance: Provenance | None
+    recipe: str
+
+
+def file_in(path: Path) -> Path:
+    """The .onnx that ``path`` names: itself, or the one in that folder. Raises ModelError."""
+    if not path.is_dir():
+        return path
+    found = next((path / place for place in _PLACES if (path / place).is_file()), None)
+    if found is None:
+        raise ModelError(f"{path}: there is no {MODEL_FILE} in this folder", remedy="name an .onnx file, or the folder of one target")
+    return found
+
+
+def inspect(path: Path) -> Inspected:
+    """What the file at ``path`` is. Raises ModelError where it is no ONNX, where its external data is missing or outside its folder, or its provenance is damaged."""
+    file = file_in(path)
+    model = graph.read(file)
+    parts = graph.files_of(file)
+    for part in parts[1:]:
+        if not part.is_file():
+            raise ModelError(
+                f"{file}: its weights are in {part.name}, which is not there", remedy="copy the .onnx with all files that lie beside it"
+            )
+    notes = [entry for entry in model.metadata_props if entry.key in (KEY, RECIPE_KEY)]
+    provenance, text = decode(model, file.name) if any(entry.key == KEY for entry in notes) else (None, "")
+    return Inspected(
+        files=tuple((part.name, part.stat().st_size, file_sha256(part)) for part in parts),
+        values=tuple(_values(model)),
+        ir_version=model.ir_version,
+        opsets={entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        operators=graph.operators(file),
+        provenance_bytes=sum(_field_bytes(entry.ByteSize()) for entry in notes),
+        provenance=provenance,
+        recipe=recipe_of(provenance, text, file.name) if provenance else "",
+    )
+
+
+def recipe(path: Path) -> str:
+    """The recipe that the file was made by, as YAML. Raises ModelError as `inspect` does, and where the file carries no provenance."""
+    file = file_in(path)
+    provenance, text = decode(graph.read(file), file.name)
+    return recipe_of(provenance, text, file.name)
+
+
+def lines(found: Inspected) -> list[str]:
+    """What `onnxsqueeze inspect` prints."""
+    rows = [("file", f"{name}, {size:,} bytes, sha256 {digest}") for name, size, digest in found.files]
+    rows += [(side, f"{name} {kind} [{', '.join(dims)}]") for side, name, kind, dims in found.values]
+    rows += [
+        ("version", f"IR {found.ir_version}; opset " + ", ".join(f"{domain} {version}" for domain, version in found.opsets.items())),
+        ("operators", ", ".join(f"{n} {name}" for name, n in sorted(found.operators.items(), key=lambda item: (-item[1], item[0])))),
+    ]
+    return [*_columns(rows), "", *_said(found)]
+
+
+def _said(found: Inspected) -> list[str]:
+    made = found.provenance
+    if made is None:
+        return ["provenance: none; the file was not written by `onnxsqueeze run`, or by a version before it wrote any"]
+    metric = made.metric
+    rows = [
+        (
+            "made by",
+            f"onnxsqueeze {made.onnxsqueeze}, recipe {made.recipe} (sha256 {made.recipe_sha256}), target {made.target}, seed {made.seed}",
+        ),
+        *(("set", change) for change in (*made.overrides, *made.options)),
+        ("stages", " → ".join(made.stages)),
+        ("model", f"{made.model} (sha256 {made.model_sha256}), licence {made.license or 'not known'}"),
+        ("task", made.task),
+        *((row.role, f"{row.split}, {row.n:,} rows (sha256 {row.sha256})") for row in made.rows),
+        (
+            "metric",
+            f"{metric.name} {metric.value:.4f} (95 %: {metric.ci95[0]:.4f}–{metric.ci95[1]:.4f}) on {metric.split}, {metric.n:,} rows"
+            if metric
+            else "was not measured",
+        ),
+        ("backend", f"{made.backend}{f', measured with {made.runtime}' if made.runtime else ''}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in made.versions.items())),
+    ]
+    return [f"provenance ({found.provenance_bytes:,} bytes of the .onnx):", *_columns(rows)]
+
+
+def _columns(rows: Sequence[tuple[str, str]]) -> list[str]:
+    return [f"  {name:<10} {text}" for name, text in rows]
+
+
+def _field_bytes(size: int) -> int:
+    """Bytes that an entry of ``size`` bytes takes in its message: one for the tag (field 14), and its length in groups of 7 bits."""
+    return 1 + max(1, -(-size.bit_length() // 7)) + size
+
+
+def _values(model: onnx.ModelProto) -> list[tuple[str, str, str, tuple[str, ...]]]:
+    from onnx import helper
+
+    initial = {tensor.name for tensor in model.graph.initializer}
+    found = []
+    for side, values in (("input", model.graph.input), ("output", model.graph.output)):
+        for value in (value for value in values if value.name not in initial):
+            kind = value.type.tensor_type
+            dims = tuple(str(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param or "?" for dim in kind.shape.dim)
+            found.append((side, value.name, str(helper.tensor_dtype_to_np_dtype(kind.elem_type)), dims))
+    return found
