@@ -34,7 +34,8 @@ _SHOWN = ROOT / "reports" / "qdp-sst2"  # the measured table of the README's fir
 _FIRST = ROOT / "reports" / "qdp-toy"  # the record of `make run`
 _METHODS = ROOT / "reports" / "methods" / "sst2-all-rows"
 # Of each recipe there the target that the README shows, behind the fp32 teacher.
-_BEST = {"prune-structure-0": "prune-structure-fp32", "early-exit-0": "early-exit-int8", "fastest-0": "fastest", "smallest-0": "smallest"}
+_BEST = {"prune-structure-0": "prune-structure-fp32", "early-exit-0": "early-exit-int8", "fastest-0": "fastest"}
+_SIZES = ROOT / "reports" / "size"
 _PEERS = ROOT / "reports" / "backends" / "peers.json"
 _MADE = "<!-- made by docs/generate.py (`make docs`); do not edit -->\n\n"
 
@@ -52,7 +53,7 @@ def pages() -> dict[str, str]:
 
 def _readme(text: str) -> str:
     """README.md with its measured parts drawn from the published records again."""
-    for name, part in (("table", _measured()), ("output", _output()), ("methods", _methods()), ("peers", _peers())):
+    for name, part in (("table", _measured()), ("output", _output()), ("methods", _methods()), ("sizes", _sizes()), ("peers", _peers())):
         begin, end = f"<!-- {name}: made by docs/generate.py from reports/ -->\n", f"<!-- end of {name} -->\n"
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)
@@ -106,6 +107,16 @@ def _methods() -> str:
         own = next(latency for latency in target.latencies if latency.lengths == "task")
         lines.append(_row(results, target, f"{own.mean_ms:.2f} ms"))
     return f"{_where(first)}:\n\n" + "\n".join(lines) + "\n\n"
+
+
+def _sizes() -> str:
+    """The targets of recipes/size.yaml on every task that it was measured on."""
+    parts = []
+    for folder in sorted(path for path in _SIZES.iterdir() if path.is_dir()):
+        results = read_results(folder)
+        lines = [_head(results), "| --- " * 7 + "|", *(_row(results, target) for target in results.targets if target.latency)]
+        parts.append(f"{_where(results)}:\n\n" + "\n".join(lines) + "\n\n")
+    return "".join(parts)
 
 
 def _peers() -> str:
