@@ -110,8 +110,9 @@ class _Maker:
             noted = self.store.note(step.key) if i < finished and step.key not in read and not step.skipped else None
             if noted is None or step.key in self.done:
                 self.make(step)
-            else:
+            elif step.key not in self.noted:
                 self.noted[step.key] = noted
+                self._say_found(step, noted)
 
     def _find(self, step: Step) -> bool:
         """Whether a step is finished."""
@@ -122,8 +123,11 @@ class _Maker:
             if found is None:
                 return False
             self.done[step.key] = (found, True)
-            self.watcher.say(f"{step.stage.name}: in the store ({step.key[:12]}; made in {found.seconds:.0f} s)")
+            self._say_found(step, found)
         return True
+
+    def _say_found(self, step: Step, found: Entry) -> None:
+        self.watcher.say(f"{step.stage.name}: in the store ({step.key[:12]}; made in {found.seconds:.0f} s)")
 
     def make(self, step: Step) -> None:
         """Make one step, or find it. Raises what the stage raises."""
