@@ -25,6 +25,7 @@ class DistillSmall(TaughtSettings):
     """
 
     gives: ClassVar[State] = "onnx"
+    version: ClassVar[int] = 2  # 2: copies with other words hold whole words alone
     tools: ClassVar[tuple[str, ...]] = (*TaughtSettings.tools, "onnx", "onnxruntime")
     needs_teacher: ClassVar[bool] = True
 
