@@ -92,7 +92,7 @@ def _line(target: Target, primary: str, split: str) -> str:
 
 
 def _ms(latency: Latency | None) -> str:
-    return f"{latency.p50_ms:.2f}" + ("" if latency.valid else " (others used the CPU)") if latency else "–"
+    return f"{latency.p50_ms:.2f}" + ("" if latency.valid else " (not valid)") if latency else "–"
 
 
 def main() -> None:

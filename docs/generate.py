@@ -91,7 +91,10 @@ def _row(results: Results, target: Row, *more: str) -> str:
     if versus and versus.speedup and versus.speedup_ci95:
         delta, (low, high) = versus.metrics[split][primary], versus.speedup_ci95
         change = f"{100 * delta.delta:+.1f} ({100 * delta.ci95[0]:+.1f} to {100 * delta.ci95[1]:+.1f})"
-        cells += [f"{versus.size_ratio:.2f}×", p50, f"{versus.speedup:.2f}× ({low:.2f}–{high:.2f})", *more, value, change]
+        faster = (
+            f"{versus.speedup:.2f}× ({low:.2f}–{high:.2f})" if target.latency.valid else "–"
+        )  # other programs used the CPU, or the times drifted
+        cells += [f"{versus.size_ratio:.2f}×", p50, faster, *more, value, change]
     else:
         cells += ["–", p50, "–", *more, value, "–"]
     return "| " + " | ".join(cells) + " |"
