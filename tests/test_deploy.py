@@ -85,6 +85,7 @@ def test_a_plain_folder_holds_what_a_server_needs_and_its_record(folder: Path, s
     assert target.vs_baseline == source.target.vs_baseline
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["folder", "hf"])
 def test_the_code_in_the_readme_runs_as_it_stands(kind: str, source: Source, tmp_path: Path) -> None:
     deploy(source, kind, tmp_path / "served")
@@ -153,6 +154,7 @@ def test_a_model_of_the_hub_is_named_as_the_base(source: Source) -> None:
     assert result["dataset"] == {"name": "GLUE sst2", "type": "nyu-mll/glue", "config": "sst2", "split": "validation"}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["folder", "hf"])
 def test_a_deployed_folder_is_verified_wherever_it_is(kind: str, source: Source, tmp_path: Path) -> None:
     deploy(source, kind, tmp_path / "served")

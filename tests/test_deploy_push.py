@@ -39,6 +39,7 @@ def hub() -> Iterator[Hub]:
         yield hub
 
 
+@pytest.mark.full
 def test_a_pushed_folder_is_a_private_repository_that_loads_by_its_name(ran: Outcome, hub: Hub, tmp_path: Path) -> None:
     words = ("deploy", ran.out, "--target", "int8-ort", "--to", "hf", "--out", "mine", "--push", "alice/tiny-int8")
     done = command(*words, cwd=tmp_path, env=hub.env(tmp_path / "home"))
