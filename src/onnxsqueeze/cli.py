@@ -242,16 +242,23 @@ def report(
     epilog="Examples:\n\n  onnxsqueeze verify runs/qdp-toy/qdp-ort                     files, outputs, latency, metric\n\n"
     "  onnxsqueeze verify runs/qdp-sst2/qdp-ort --data-dir glue/   with the metric on GLUE's dev file\n\n"
     "  onnxsqueeze verify deployed/                                a folder of `deploy`\n\n"
+    "  onnxsqueeze verify http://localhost:8080 --record deployed/  what a server answers, against that folder\n\n"
     "Exit codes: 0 as recorded, 1 other files or other outputs, 3 slower or worse than recorded."
 )
 def verify(
     target: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="FILE_OR_DIR", help="A target's folder below --out, a folder of `deploy`, or the model.onnx in one", show_default=False
+            metavar="FILE_OR_DIR_OR_URL",
+            help="A target's folder below --out, a folder of `deploy`, the model.onnx in one, or the URL of a server that speaks the Open Inference Protocol v2 (/v2/models/NAME where it has several)",
+            show_default=False,
         ),
     ],
     *,
+    record: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="With a URL: the folder whose golden answers and record it is compared with", show_default=False),
+    ] = None,
     data_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of GLUE files: compares the metric, too", show_default=False)
     ] = None,
@@ -261,12 +268,25 @@ def verify(
     from onnxsqueeze import config
     from onnxsqueeze.console import Watcher
     from onnxsqueeze.verify import verify as findings
+    from onnxsqueeze.verify import verify_server
+
+    served = "://" in target
+    if served and record is None:
+        raise UsageError(f"{target}: is compared with nothing", remedy="name the folder that it serves: --record DIR")
+    if record is not None and not served:
+        raise UsageError(f"--record {record}: goes with a URL, got {target}", remedy="a folder has its record beside it")
 
     marks = {True: "ok", False: "FAILED", None: "note"}
     failed = set()
     backends = config.load(python or ())
     with Watcher() as watcher:
-        for finding in findings(target, data_dir=data_dir, progress=watcher.begin(f"verify {target.name}"), backends=backends):
+        tell = watcher.begin(f"verify {target if served else Path(target).name}")
+        found = (
+            verify_server(target, record, data_dir=data_dir, progress=tell)
+            if record is not None
+            else findings(Path(target), data_dir=data_dir, progress=tell, backends=backends)
+        )
+        for finding in found:
             typer.echo(f"{marks[finding.passed]:<7}{finding.what}: {finding.text}")
             if finding.passed is False:
                 failed.add(finding.exit_code)
