@@ -96,30 +96,34 @@ class Remote:
         body = None if content is None else json.dumps(content).encode()
         try:
             try:
-                self._connection.request(method, self._root + path, body, {"Content-Type": "application/json"})
-                answer = self._connection.getresponse()
-            except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):  # closed between two calls: once more
-                self._connection.close()
-                self._connection.request(method, self._root + path, body, {"Content-Type": "application/json"})
-                answer = self._connection.getresponse()
-            text = answer.read()
+                answer, text = self._send(method, path, body)
+            except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):  # the server closed it between two calls
+                answer, text = self._send(method, path, body)
         except (OSError, http.client.HTTPException) as error:
-            self._connection.close()
             raise Unavailable(
                 f"{self._server}: does not answer: {error or type(error).__name__}", remedy="is it started, and ready at this port?"
             ) from error
         if answer.status >= 400:
-            said = _error(text)
-            if path.endswith("/index") and answer.status in (404, 405, 501):
+            if path.endswith("/index") and answer.status in (404, 405, 501):  # KServe has none
                 return []
             raise MeasureError(
-                f"{self._server}: {method} {path}: {answer.status} {answer.reason}: {said}",
+                f"{self._server}: {method} {path}: {answer.status} {answer.reason}: {_error(text)}",
                 remedy="look at the server's log; the name of the model is part of the URL",
             )
         try:
             return json.loads(text) if text else {}
         except ValueError as error:
             raise self._no_protocol(f"{method} {path} gives {text[:_SHOWN]!r}") from error
+
+    def _send(self, method: str, path: str, body: bytes | None) -> tuple[http.client.HTTPResponse, bytes]:
+        """The answer with its body; the connection is closed where there is none, and opened again by the next call."""
+        try:
+            self._connection.request(method, self._root + path, body, {"Content-Type": "application/json"})
+            answer = self._connection.getresponse()
+            return answer, answer.read()
+        except (OSError, http.client.HTTPException):
+            self._connection.close()
+            raise
 
     def _no_protocol(self, why: str) -> MeasureError:
         return MeasureError(
