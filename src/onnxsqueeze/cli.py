@@ -356,6 +356,73 @@ def deploy(
 
 
 @app.command(
+    epilog="Examples:\n\n"
+    "  onnxsqueeze serve my-model                                a folder of `deploy`, on http://127.0.0.1:8080\n\n"
+    "  onnxsqueeze serve models/sst2 --workers 4 --max-batch 16  a folder of versions (1/, 2/, …): the highest, and each new one\n\n"
+    "Endpoints: /v2 (Open Inference Protocol), /classify, /metrics; see docs/serve.md. SIGTERM: answers what it accepted, exit code 0."
+)
+def serve(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="A folder of `deploy`, a target's folder below --out, or a folder of numbered versions", show_default=False
+        ),
+    ],
+    *,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model's name in URLs; default: the folder's", show_default=False)
+    ] = None,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Where to listen; beyond this machine only behind something that checks who asks")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="0: a free one, which is printed")] = 8080,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, max=256, help="Processes, each with the model in memory")] = 1,
+    max_batch: Annotated[
+        int, typer.Option(metavar="ROWS", min=1, max=4096, help="Most rows in a request, and in a call of the model")
+    ] = 32,
+    max_delay_ms: Annotated[
+        float, typer.Option(metavar="MS", min=0, max=1000, help="How long a request that waits already may wait for a fuller call")
+    ] = 0,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=1024,
+            help="Of each process's session; default: the cores that may be used ÷ workers",
+            show_default=False,
+        ),
+    ] = None,
+    queue: Annotated[
+        int | None,
+        typer.Option(
+            metavar="ROWS", min=1, help="Rows that may wait, a process; more get 429; default: 8 × --max-batch", show_default=False
+        ),
+    ] = None,
+    timeout_s: Annotated[
+        float,
+        typer.Option(metavar="S", min=0.1, max=3600, help="How long a request may take to arrive (408), and how long it may wait (504)"),
+    ] = 10,
+) -> None:
+    """Answer over HTTP with a deployed model: batched by length, watched for new versions, counted for Prometheus."""
+    from onnxsqueeze.serving.start import start
+
+    code = start(
+        folder,
+        name=name,
+        host=host,
+        port=port,
+        workers=workers,
+        max_batch=max_batch,
+        max_delay_ms=max_delay_ms,
+        threads=threads,
+        queue=queue,
+        timeout_s=timeout_s,
+    )
+    raise typer.Exit(code)
+
+
+@app.command(
     epilog="Examples:\n\n  onnxsqueeze doctor\n\n  onnxsqueeze doctor --python openvino=ov/bin/python   what that environment's onnxruntime starts"
 )
 def doctor(*, python: Pythons = None) -> None:
