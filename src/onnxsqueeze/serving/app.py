@@ -107,6 +107,7 @@ def application(service: Service) -> Starlette:
             route(versioned, "model", _model),
             route(f"{one}/ready", "model-ready", _model_ready),
             route(f"{versioned}/ready", "model-ready", _model_ready),
+            route("/v2/repository/index", "index", _index, "POST"),
             route("/v2/repository/models/{name}/load", "load", _load, "POST"),
         ],
         exception_handlers={HTTPException: refuse, Exception: refuse},
@@ -188,6 +189,11 @@ async def _model(service: Service, call: Call) -> Answer:
 async def _model_ready(service: Service, call: Call) -> Answer:
     service.repository.named(call.names["name"], call.names.get("version"))
     return await _ready(service, call)
+
+
+async def _index(service: Service, call: Call) -> Answer:  # noqa: ARG001
+    model = service.repository.model
+    return json_answer([{"name": service.settings.name, "version": str(model.version), "state": "READY"}])
 
 
 async def _load(service: Service, call: Call) -> Answer:
