@@ -28,7 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -41,8 +41,8 @@ import psutil
 
 from onnxsqueeze import environment
 from onnxsqueeze.backends import HERE
+from onnxsqueeze.errors import without_paths
 from onnxsqueeze.measure.statistics import nearest_rank
-from onnxsqueeze.remote import Remote
 from onnxsqueeze.results import read_results
 from onnxsqueeze.tasks.open import open_task
 from onnxsqueeze.tasks.settings import TaskSettings
@@ -75,9 +75,9 @@ class Caller:
     def __init__(self, url: str) -> None:
         self._connection = http.client.HTTPConnection(url.removeprefix("http://"))
 
-    def ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
+    def ask(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> bytes:
         """The answer's body. Raises RefusedError."""
-        self._connection.request(method, path, body, {"Content-Type": "application/json"})
+        self._connection.request(method, path, body, {"Content-Type": "application/json", **(headers or {})})
         answer = self._connection.getresponse()
         text = answer.read()
         if answer.status != 200:
@@ -237,25 +237,39 @@ def curves(folders: Sequence[Path], bodies: Sequence[bytes], cores: Sequence[int
 def overhead(folder: Path, encoder: Encoder, texts: Sequence[str], cores: Sequence[int], rounds: int) -> dict[str, Any]:
     """p50 of each kind of call, per round, in ms; one caller, the same sentences."""
     rows = [pad([row], encoder.pad_id) for row in encoder.encode(texts[:CALLS], [None] * len(texts[:CALLS]))]
-    found: dict[str, list[float]] = {"session": [], "empty": [], "infer": [], "classify": []}
+    found: dict[str, list[float]] = {"session": [], "empty": [], "binary": [], "json": [], "classify": []}
     os.sched_setaffinity(0, {cores[-1]})  # the session's process inherits it
     session = HERE.open("cpu", folder / "model.onnx", 1)
     session.hold(rows)
     os.sched_setaffinity(0, {cores[0]})
     with served(folder, cores[-1]) as server, started(["-c", EMPTY, "PORT"], "/empty", cores[-1]) as nothing:
-        remote, plain = Remote(f"{server.url}/v2/models/{folder.name}"), Caller(nothing.url)
-        texting = Caller(server.url)
+        plain, asking, path = Caller(nothing.url), Caller(server.url), f"/v2/models/{folder.name}/infer"
+        binary, plainly = ([tensors(row, session.inputs, binary=binary) for row in rows] for binary in (True, False))
         for round_ in range(rounds + 1):
             took = {
                 "session": [float(t) for t in session.replay(range(len(rows))).times_ms],
                 "empty": [_timed(plain.ask, "POST", "/empty", b'{"inputs": []}') for _ in rows],
-                "infer": [_timed(remote.run, row) for row in rows],
-                "classify": [_timed(texting.ask, "POST", "/classify", json.dumps({"texts": [text]}).encode()) for text in texts[:CALLS]],
+                "binary": [_timed(asking.ask, "POST", path, *one) for one in binary],
+                "json": [_timed(asking.ask, "POST", path, *one) for one in plainly],
+                "classify": [_timed(asking.ask, "POST", "/classify", json.dumps({"texts": [text]}).encode()) for text in texts[:CALLS]],
             }
             for name, times in took.items() if round_ else ():  # the first warms everything
                 found[name].append(nearest_rank(np.array(times), 50))
     session.close()
     return {"p50_ms": found, "calls": len(rows)}
+
+
+def tensors(row: Mapping[str, Any], names: Sequence[str], *, binary: bool) -> tuple[bytes, dict[str, str]]:
+    """Body and headers of an inference request, as Triton's client writes them."""
+    from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
+
+    inputs = []
+    for name in names:
+        one = InferInput(name, list(row[name].shape), "INT64")
+        one.set_data_from_numpy(row[name], binary_data=binary)
+        inputs.append(one)
+    body, size = InferenceServerClient.generate_request_body(inputs, outputs=[InferRequestedOutput("logits", binary_data=binary)])
+    return body, {"Inference-Header-Content-Length": str(size)} if size else {}
 
 
 COMPUTE = (
@@ -313,7 +327,7 @@ def table(out: Path) -> None:
     ]
     if "overhead" in parts:
         p50 = parts["overhead"]["p50_ms"]
-        more = {name: [a - b for a, b in zip(p50[name], p50["session"], strict=True)] for name in ("infer", "classify")}
+        more = {name: [a - b for a, b in zip(p50[name], p50["session"], strict=True)] for name in ("binary", "json", "classify")}
         lines += [
             "## One caller",
             "",
@@ -325,7 +339,11 @@ def table(out: Path) -> None:
             f"| the bare session | {_interval(p50['session'])} | | |",
             f"| an empty endpoint (Starlette, uvicorn) | {_interval(p50['empty'])} | | |",
         ]
-        for name, what in (("infer", "tokens to /infer, JSON"), ("classify", "text to /classify, tokenized there")):
+        for name, what in (
+            ("binary", "tokens to /infer, binary tensors"),
+            ("json", "tokens to /infer, JSON"),
+            ("classify", "text to /classify, tokenized there"),
+        ):
             above = [a - b for a, b in zip(more[name], p50["empty"], strict=True)]
             lines.append(f"| {what} | {_interval(p50[name])} | {_interval(more[name])} | {_interval(above)} |")
         lines.append("")
@@ -428,7 +446,7 @@ def measure(asked: argparse.Namespace) -> None:
         "cpu": processors["cpu"],
         "instruction_set": processors["instruction_set"],
         "date": datetime.now(UTC).date().isoformat(),
-        "command": f"python benchmarks/serving.py {' '.join(sys.argv[1:])}",
+        "command": without_paths(f"python benchmarks/serving.py {' '.join(sys.argv[1:])}"),
         "commit": commit,
         "models": [
             {
