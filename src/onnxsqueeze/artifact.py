@@ -21,6 +21,10 @@ MODEL_SUFFIX = ".onnx"
 EXTERNAL_DATA_FILE = "model.onnx_data"  # the name that transformers.js and optimum look for
 SIDE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt")
 
+TRITON_CONFIG_FILE = "config.pbtxt"
+# In a target's folder, in a Hugging Face one, in a model of a Triton repository; with external data its files lie in a folder of the model's name.
+_PLACES = (MODEL_FILE, f"onnx/{MODEL_FILE}", f"1/{MODEL_FILE}", f"1/{MODEL_FILE}/{MODEL_FILE}")
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -38,6 +42,14 @@ class Artifact:
     def onnx(self) -> Path:
         """The .onnx file of an *onnx* artifact."""
         return self.path / MODEL_FILE
+
+
+def models_in(folder: Path) -> list[Path]:
+    """The .onnx in the folder of a model; in a Triton repository, those of its models, by name."""
+    here = [folder / place for place in _PLACES if (folder / place).is_file()]
+    if here:
+        return here[:1]
+    return [file for config in sorted(folder.glob(f"*/{TRITON_CONFIG_FILE}")) for file in models_in(config.parent)]
 
 
 def file_sha256(path: Path, appended: bytes = b"") -> str:

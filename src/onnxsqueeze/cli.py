@@ -314,6 +314,7 @@ def inspect(
     "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to hf --out my-model       for optimum, transformers and the Hub\n\n"
     "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to folder --out my-model   for a session of your own\n\n"
     "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to hf --out my-model --push me/my-model   to the Hub, too\n\n"
+    "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to triton --out models     a repository for Triton\n\n"
     "Then: onnxsqueeze verify my-model"
 )
 def deploy(
@@ -324,7 +325,7 @@ def deploy(
         str,
         typer.Option(
             metavar="KIND",
-            help="folder (model, tokenizer, record, README) or hf (a Hugging Face repository with its model card)",
+            help="folder (model, tokenizer, record, README), hf (a Hugging Face repository with its model card) or triton (a model repository)",
             show_default=False,
         ),
     ],
@@ -337,8 +338,10 @@ def deploy(
             show_default=False,
         ),
     ] = None,
+    python: Pythons = None,
 ) -> None:
     """Write one measured target as a folder that others load, with its record, its golden answers and a README."""
+    from onnxsqueeze import config
     from onnxsqueeze.deploy.source import find
     from onnxsqueeze.deploy.write import deploy as write
 
@@ -349,7 +352,7 @@ def deploy(
         if to != "hf":
             raise UsageError(f"--push goes with --to hf, got --to {to}", remedy="the Hub takes a Hugging Face folder")
         check_name(push)
-    files = write(find(run, target), to, out)
+    files = write(find(run, target), to, out, config.load(python or ()))
     typer.echo(f"wrote {out}: {', '.join(sorted(files))}")
     if push is not None:
         typer.echo(f"pushed: {send(out, push)}")

@@ -194,6 +194,20 @@ def signature(path: Path) -> dict[str, tuple[str, str]]:
     return result
 
 
+def values(model: onnx.ModelProto) -> list[tuple[str, str, str, tuple[int | str, ...]]]:
+    """Inputs and outputs in order: ("input" | "output", name, type, dims); a free dim by its name, or "?". Initializers that are inputs, too, are left out."""
+    from onnx import helper
+
+    initial = {tensor.name for tensor in model.graph.initializer}
+    found = []
+    for side, listed in (("input", model.graph.input), ("output", model.graph.output)):
+        for value in (value for value in listed if value.name not in initial):
+            kind = value.type.tensor_type
+            dims = tuple(int(dim.dim_value) if dim.HasField("dim_value") else str(dim.dim_param or "?") for dim in kind.shape.dim)
+            found.append((side, value.name, str(helper.tensor_dtype_to_np_dtype(kind.elem_type)), dims))
+    return found
+
+
 def _spoken(found: dict[str, tuple[str, str]]) -> str:
     return ", ".join(f"{side} {name} {dtype}" for name, (side, dtype) in found.items())
 

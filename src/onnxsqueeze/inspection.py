@@ -5,17 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
 from onnxsqueeze import graph
-from onnxsqueeze.artifact import MODEL_FILE, file_sha256
+from onnxsqueeze.artifact import MODEL_FILE, file_sha256, models_in
 from onnxsqueeze.errors import ModelError
 from onnxsqueeze.provenance import KEY, RECIPE_KEY, Provenance, decode, recipe_of
-
-if TYPE_CHECKING:
-    import onnx
-
-_PLACES = (MODEL_FILE, f"onnx/{MODEL_FILE}", f"1/{MODEL_FILE}")  # in a target's folder, a Hugging Face one, a Triton one
 
 
 @dataclass(frozen=True)
@@ -39,10 +32,12 @@ def file_in(path: Path) -> Path:
     """The .onnx that ``path`` names: itself, or the one in that folder. Raises ModelError."""
     if not path.is_dir():
         return path
-    found = next((path / place for place in _PLACES if (path / place).is_file()), None)
-    if found is None:
+    found = models_in(path)
+    if not found:
         raise ModelError(f"{path}: there is no {MODEL_FILE} in this folder", remedy="name an .onnx file, or the folder of one target")
-    return found
+    if len(found) > 1:
+        raise ModelError(f"{path}: holds {len(found)} models", remedy=f"name one of them, e.g. {found[0]}")
+    return found[0]
 
 
 def inspect(path: Path) -> Inspected:
@@ -59,7 +54,7 @@ def inspect(path: Path) -> Inspected:
     provenance, text = decode(model, file.name) if any(entry.key == KEY for entry in notes) else (None, "")
     return Inspected(
         files=tuple((part.name, part.stat().st_size, file_sha256(part)) for part in parts),
-        values=tuple(_values(model)),
+        values=tuple((side, name, kind, tuple(str(dim) for dim in dims)) for side, name, kind, dims in graph.values(model)),
         ir_version=model.ir_version,
         opsets={entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
         operators=graph.operators(file),
@@ -121,16 +116,3 @@ def _columns(rows: Sequence[tuple[str, str]]) -> list[str]:
 def _field_bytes(size: int) -> int:
     """Bytes that an entry of ``size`` bytes takes in its message: one for the tag (field 14), and its length in groups of 7 bits."""
     return 1 + max(1, -(-size.bit_length() // 7)) + size
-
-
-def _values(model: onnx.ModelProto) -> list[tuple[str, str, str, tuple[str, ...]]]:
-    from onnx import helper
-
-    initial = {tensor.name for tensor in model.graph.initializer}
-    found = []
-    for side, values in (("input", model.graph.input), ("output", model.graph.output)):
-        for value in (value for value in values if value.name not in initial):
-            kind = value.type.tensor_type
-            dims = tuple(str(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param or "?" for dim in kind.shape.dim)
-            found.append((side, value.name, str(helper.tensor_dtype_to_np_dtype(kind.elem_type)), dims))
-    return found

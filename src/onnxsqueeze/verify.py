@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxsqueeze import environment, graph
-from onnxsqueeze.artifact import MODEL_FILE, file_sha256
+from onnxsqueeze.artifact import MODEL_FILE, file_sha256, models_in
 from onnxsqueeze.backends import HERE, Answers, Backends
 from onnxsqueeze.errors import UsageError
 from onnxsqueeze.measure import golden
@@ -32,10 +32,7 @@ from onnxsqueeze.tasks.settings import NAMES, TaskSettings
 _SLOWER = 0.9  # of the recorded interval's lower end: two measurements of one file differ by a few percent
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _SERVED_CALLS = 200
-_SERVED_LIMIT = (
-    1.5,
-    2.0,
-)  # times the recorded p50, and ms on top: more is wrong threads or a CPU that others use, not the way through a server
+_SERVED_LIMIT = 1.5, 2.0  # × the recorded p50, and ms on top: more is wrong threads or a CPU that others use, not the way there
 
 
 @dataclass(frozen=True)
@@ -114,10 +111,13 @@ class _Place:
 
     @classmethod
     def of(cls, path: Path) -> _Place:
-        folder = path.parent if path.is_file() else path
-        if path.is_file() and not (folder / golden.GOLDEN_FILE).is_file() and (folder.parent / golden.GOLDEN_FILE).is_file():
-            folder = folder.parent  # DIR/onnx/model.onnx
-        onnx = next((file for file in (folder / MODEL_FILE, folder / "onnx" / MODEL_FILE) if file.is_file()), folder / MODEL_FILE)
+        found = models_in(path if path.is_dir() else path.parent)
+        if len(found) > 1:
+            raise UsageError(f"{path}: holds {len(found)} models", remedy=f"name one of them, e.g. {found[0]}")
+        onnx = next(iter(found), path / MODEL_FILE)
+        # its tokenizer and answers lie beside it, or above: DIR/onnx/model.onnx, DIR/1/model.onnx, DIR/1/model.onnx/model.onnx
+        above = (parent for parent in list(onnx.parents)[:3] if (parent / golden.GOLDEN_FILE).is_file())
+        folder = next(above, onnx.parent)
         deployed = (folder / RESULTS_FILE).is_file() and (folder / golden.GOLDEN_FILE).is_file()
         beside = folder if deployed else folder.parent
         record = read_results(beside) if (beside / RESULTS_FILE).is_file() else None

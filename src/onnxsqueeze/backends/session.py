@@ -61,7 +61,10 @@ class Answers(Protocol):
 
 
 class Session:
-    """Runs one .onnx file in a process of ``python``. ``inputs`` are its input names in order, ``load_s`` what making the session took.
+    """Runs one .onnx file in a process of ``python``, never quietly on another provider.
+
+    ``inputs`` are its input names in order, ``types`` as ONNX Runtime
+    has them ("tensor(int64)"), ``output`` the one that is read, ``load_s`` what making the session took.
 
     Raises MeasureError where the file does not load, where the provider does not start, or where ONNX Runtime gave nodes to another one.
     """
@@ -77,9 +80,9 @@ class Session:
             self._worker.close()
             raise
         self.load_s: float = facts["load_s"]
-        self._types: dict[str, str] = facts["inputs"]
-        self._output = "logits" if "logits" in facts["outputs"] else facts["outputs"][0]
-        self.inputs = tuple(self._types)
+        self.types: dict[str, str] = facts["inputs"]
+        self.output: str = "logits" if "logits" in facts["outputs"] else facts["outputs"][0]
+        self.inputs = tuple(self.types)
 
     def _opened(self, provider: str, threads: int, options: dict[str, str]) -> dict[str, Any]:
         facts, _ = self._worker.ask("open", path=str(self._onnx.absolute()), provider=provider, threads=threads, options=options)
@@ -108,14 +111,14 @@ class Session:
         """
         import numpy as np
 
-        answer, arrays = self._worker.ask("run", self._given(feed), output=self._output)
+        answer, arrays = self._worker.ask("run", self._given(feed), output=self.output)
         self._check(answer)
         return np.asarray(arrays["logits"], np.float32)
 
     def hold(self, feeds: Sequence[Feed]) -> None:
         """Make ``feeds`` the input of what follows. Raises MeasureError as `run` does."""
         arrays = {f"{i}/{name}": array for i, feed in enumerate(feeds) for name, array in self._given(feed).items()}
-        self._check(self._worker.ask("hold", arrays, output=self._output, count=len(feeds))[0])
+        self._check(self._worker.ask("hold", arrays, output=self.output, count=len(feeds))[0])
 
     def time(self, least_runs: int, least_ms: float, *, uncounted: int = 0) -> Block:
         """Run the first held feed until there are enough runs and they took long enough, after some that do not count; see `worker.Model.times`."""
@@ -154,7 +157,7 @@ class Session:
         import numpy as np
 
         try:
-            return {name: feed[name].astype(np.int32) if kind == "tensor(int32)" else feed[name] for name, kind in self._types.items()}
+            return {name: feed[name].astype(np.int32) if kind == "tensor(int32)" else feed[name] for name, kind in self.types.items()}
         except KeyError as error:
             raise MeasureError(
                 f"{self._name}: its input {error} is not one of {', '.join(feed)}",

@@ -22,7 +22,7 @@ _GLUE_TASKS = ("sst2", "cola", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wn
 def folder_readme(source: Source, model: str) -> str:
     """README.md of a plain folder whose .onnx lies at ``model``."""
     return (
-        "\n\n".join([f"# {_title(source)}", _origin(source), _measured(source), _stock_session(source, model), _check(), _recipe(source)])
+        "\n\n".join([f"# {title(source)}", _origin(source), _measured(source), _stock_session(source, model), _check(), _recipe(source)])
         + "\n"
     )
 
@@ -30,8 +30,21 @@ def folder_readme(source: Source, model: str) -> str:
 def model_card(source: Source, model: str) -> str:
     """README.md of a Hugging Face folder: the front matter that the Hub reads, with model-index, and the same below it."""
     use = _stock_session(source, model) if source.embeds else _optimum(source)
-    parts = [f"# {_title(source)}", _origin(source), _measured(source), use, _check(), _recipe(source)]
+    parts = [f"# {title(source)}", _origin(source), _measured(source), use, _check(), _recipe(source)]
     return f"---\n{_front_matter(source)}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def triton_readme(source: Source, name: str, max_batch_size: int, *, mounted: str) -> str:
+    """README.md of a Triton repository with the model ``name``, which containers see at ``mounted``."""
+    parts = [
+        f"# {title(source)}",
+        _origin(source),
+        _measured(source),
+        _triton(source, name, max_batch_size, mounted),
+        _check(),
+        _recipe(source),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _front_matter(source: Source) -> str:
@@ -65,14 +78,15 @@ def _front_matter(source: Source) -> str:
         metrics=list(dict.fromkeys(score.metric_type for score in scores)),
         pipeline_tag=kind,
         tags=["onnx", "onnxruntime", "onnxsqueeze", source.target.backend],
-        model_name=_title(source),
+        model_name=title(source),
         eval_results=scores,
         **relation,
     )
     return data.to_yaml().strip()
 
 
-def _title(source: Source) -> str:
+def title(source: Source) -> str:
+    """The deployed model's name: of the start model, the task and the target."""
     return f"{source.record.model.split('/')[-1]}-{source.record.task.name}-{source.target.name}"
 
 
@@ -181,6 +195,42 @@ print(classify("a text", truncation=True, max_length={source.record.task.max_len
 ```
 
 `"."` is this folder; on the Hub it is the repository's name. {_threads(source)}"""
+
+
+def _triton(source: Source, name: str, max_batch_size: int, mounted: str) -> str:
+    gpus = "--gpus all " if source.target.backend in ("cuda", "tensorrt") else ""
+    run = f'docker run --rm {gpus}-v "$PWD":{mounted}'
+    joined = (
+        f"Requests have up to {max_batch_size} rows, padded to one width. Triton joins requests of equal width alone: clients that pad to a few widths (16, 32, 64, 128) are batched more often."
+        if max_batch_size
+        else "Requests have exactly the dims of config.pbtxt; Triton does not join them."
+    )
+    return f"""## Use
+
+Here, with NN.NN the release of Triton that you have:
+
+```sh
+{run} -p 8000:8000 -p 8001:8001 nvcr.io/nvidia/tritonserver:NN.NN-py3 \\
+  tritonserver --model-repository={mounted} --exit-on-error=true --disable-auto-complete-config
+curl -f localhost:8000/v2/models/{name}/ready && echo ready
+```
+
+The server ends where it does not take the model; the second line answers once the warm-up is through. Nothing here was run in Triton: the configuration was
+read back by Triton's own protobuf, and a session of the same ONNX Runtime provider was driven by it. {joined}
+
+| file | for |
+| --- | --- |
+| `{name}/config.pbtxt` | Triton; a comment says where each number comes from, and all may be tuned |
+| `{name}/1/` | Triton: the model |
+| `{name}/labels.txt` | Triton: names for the classification extension (where the model classifies) |
+| `{name}/warmup/` | Triton: token ids that it warms up with |
+| `{name}/tokenizer.json`, `config.json` and others | clients: the server takes token ids, not text |
+| `{name}/golden.json`, `results.json` | `onnxsqueeze verify`; the record |
+| `model_analyzer.yaml`, `perf_input.json` | Triton Model Analyzer: `model-analyzer profile -f {mounted}/model_analyzer.yaml` in the SDK's container, mounted alike |
+
+Triton reads folders alone at the top, and of a model's folder what config.pbtxt names. `{name}/` can be copied into another repository as it is.
+
+{_threads(source)}"""
 
 
 def _threads(source: Source) -> str:

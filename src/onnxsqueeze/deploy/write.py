@@ -10,6 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from onnxsqueeze.artifact import MODEL_FILE
+from onnxsqueeze.backends import HERE, Backends
+from onnxsqueeze.deploy import triton
 from onnxsqueeze.deploy.card import folder_readme, model_card
 from onnxsqueeze.deploy.source import Source
 from onnxsqueeze.errors import ModelError, UsageError, nearest, without_paths
@@ -24,18 +26,18 @@ _TOKENIZER_NOTES = (_TOKENIZER_CONFIG, "special_tokens_map.json")
 _PLACES = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")  # keys in which transformers noted a folder
 
 
-def deploy(source: Source, kind: str, out: Path) -> tuple[str, ...]:
+def deploy(source: Source, kind: str, out: Path, backends: Backends = HERE) -> tuple[str, ...]:
     """Write a deployed folder of ``kind`` at ``out``; the names of its files.
 
     Raises UsageError where the kind is unknown or ``out`` holds anything, ModelError where the kind cannot hold this model, StoreError where
-    the disk is full.
+    the disk is full; for Triton, also what `onnxsqueeze.deploy.triton.files` raises.
     """
     make = KINDS.get(kind)
     if make is None:
         raise UsageError(f"--to {kind}: unknown kind of folder{nearest(kind, list(KINDS))}", remedy=f"name one of {', '.join(KINDS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: is there already, and not empty", remedy="name a new folder, or remove this one first")
-    files = make(source)
+    files = make(source, backends)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -51,7 +53,7 @@ def deploy(source: Source, kind: str, out: Path) -> tuple[str, ...]:
     return tuple(files)
 
 
-def _folder(source: Source) -> Files:
+def _folder(source: Source, _: Backends) -> Files:
     """The model, its tokenizer and configuration, golden answers and record, all at the top."""
     files: dict[str, Path | bytes] = source.files() | _without_paths(source)
     files[RESULTS_FILE] = source.results(files, MODEL_FILE).to_json().encode()
@@ -59,7 +61,7 @@ def _folder(source: Source) -> Files:
     return files
 
 
-def _hugging_face(source: Source) -> Files:
+def _hugging_face(source: Source, _: Backends) -> Files:
     """As the Hub's users expect it: onnx/model.onnx, which optimum and transformers.js find, and what AutoConfig and AutoTokenizer read at the top."""
     _require_known_type(source)
     model = f"onnx/{MODEL_FILE}"
@@ -70,7 +72,12 @@ def _hugging_face(source: Source) -> Files:
     return files
 
 
-KINDS: Mapping[str, Callable[[Source], Files]] = {"folder": _folder, "hf": _hugging_face}
+def _triton(source: Source, backends: Backends) -> Files:
+    """A model repository of Triton's; see `onnxsqueeze.deploy.triton`."""
+    return triton.files(source, _without_paths(source), backends)
+
+
+KINDS: Mapping[str, Callable[[Source, Backends], Files]] = {"folder": _folder, "hf": _hugging_face, "triton": _triton}
 
 
 def _without_paths(source: Source) -> dict[str, Path | bytes]:
