@@ -11,6 +11,8 @@ from onnxsqueeze import graph
 from onnxsqueeze.artifact import MODEL_FILE, file_sha256
 from onnxsqueeze.errors import ModelError
 from onnxsqueeze.provenance import KEY, RECIPE_KEY, Provenance, decode, recipe_of
+from onnxsqueeze.text import note
+from onnxsqueeze.text.note import TextNote
 
 if TYPE_CHECKING:
     import onnx
@@ -22,7 +24,7 @@ _PLACES = (MODEL_FILE, f"onnx/{MODEL_FILE}", f"1/{MODEL_FILE}")  # in a target's
 class Inspected:
     """One file. ``values`` are ("input" | "output", name, type, dims), a dim by its name where it is free; ``files`` (name, bytes, sha256), the .onnx first.
 
-    ``provenance`` is None where the file carries none; ``recipe`` is then empty.
+    ``provenance`` is None where the file carries none; ``recipe`` is then empty. ``text`` is what a file with a tokenizer in its graph says of that.
     """
 
     files: tuple[tuple[str, int, str], ...]
@@ -33,6 +35,7 @@ class Inspected:
     provenance_bytes: int
     provenance: Provenance | None
     recipe: str
+    text: TextNote | None = None
 
 
 def file_in(path: Path) -> Path:
@@ -66,6 +69,7 @@ def inspect(path: Path) -> Inspected:
         provenance_bytes=sum(_field_bytes(entry.ByteSize()) for entry in notes),
         provenance=provenance,
         recipe=recipe_of(provenance, text, file.name) if provenance else "",
+        text=note.read(model, file.name),
     )
 
 
@@ -84,6 +88,9 @@ def lines(found: Inspected) -> list[str]:
         ("version", f"IR {found.ir_version}; opset " + ", ".join(f"{domain} {version}" for domain, version in found.opsets.items())),
         ("operators", ", ".join(f"{n} {name}" for name, n in sorted(found.operators.items(), key=lambda item: (-item[1], item[0])))),
     ]
+    if found.text:
+        tells = f"at most {found.text.max_length} tokens; {found.text.said()} (sha256 {found.text.tokenizer_sha256})"
+        rows += [("tokenizer", f"in the graph, for sessions with onnxruntime-extensions {found.text.onnxruntime_extensions}; {tells}")]
     return [*_columns(rows), "", *_said(found)]
 
 
@@ -124,7 +131,7 @@ def _field_bytes(size: int) -> int:
 
 
 def _values(model: onnx.ModelProto) -> list[tuple[str, str, str, tuple[str, ...]]]:
-    from onnx import helper
+    from onnx import TensorProto, helper
 
     initial = {tensor.name for tensor in model.graph.initializer}
     found = []
@@ -132,5 +139,6 @@ def _values(model: onnx.ModelProto) -> list[tuple[str, str, str, tuple[str, ...]
         for value in (value for value in values if value.name not in initial):
             kind = value.type.tensor_type
             dims = tuple(str(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param or "?" for dim in kind.shape.dim)
-            found.append((side, value.name, str(helper.tensor_dtype_to_np_dtype(kind.elem_type)), dims))
+            dtype = "string" if kind.elem_type == TensorProto.STRING else str(helper.tensor_dtype_to_np_dtype(kind.elem_type))
+            found.append((side, value.name, dtype, dims))
     return found
