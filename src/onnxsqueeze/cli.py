@@ -315,6 +315,7 @@ def inspect(
     "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to folder --out my-model   for a session of your own\n\n"
     "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to hf --out my-model --push me/my-model   to the Hub, too\n\n"
     "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to triton --out models     a repository for Triton\n\n"
+    "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to folder --out my-model --text   a second file that takes text, too\n\n"
     "Then: onnxsqueeze verify my-model"
 )
 def deploy(
@@ -330,6 +331,13 @@ def deploy(
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write: a new or an empty one", show_default=False)],
+    text: Annotated[
+        bool,
+        typer.Option(
+            "--text",
+            help="Write model_text.onnx, too: text in, the tokenizer inside the graph. Needs the extra [b]text[/b], sessions need onnxruntime-extensions",
+        ),
+    ] = False,
     push: Annotated[
         str | None,
         typer.Option(
@@ -352,7 +360,7 @@ def deploy(
         if to != "hf":
             raise UsageError(f"--push goes with --to hf, got --to {to}", remedy="the Hub takes a Hugging Face folder")
         check_name(push)
-    files = write(find(run, target), to, out, config.load(python or ()))
+    files = write(find(run, target), to, out, config.load(python or ()), text=text)
     typer.echo(f"wrote {out}: {', '.join(sorted(files))}")
     if push is not None:
         typer.echo(f"pushed: {send(out, push)}")
