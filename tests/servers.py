@@ -11,22 +11,25 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import pytest
 
 from models import FamilyName, artifact, random_checkpoint, toy_context
 from onnxsqueeze.backends import HERE
 from onnxsqueeze.measure import golden
 from onnxsqueeze.stages.export import Export
 from onnxsqueeze.tasks.rows import TaskInfo
+from onnxsqueeze.tokens import Encoder
 from runs import ROOT, start_words
 
 MAX_LENGTH = 32
+SLOW_WORD, SLOW_TURNS = "brilliant", 30_000  # seconds, on any machine of these years
 
 
 def deployed(
@@ -210,3 +213,36 @@ def asked(feed: dict[str, np.ndarray[Any, np.dtype[np.int64]]], **more: Any) -> 
     """An inference request in JSON."""
     listed = [{"name": name, "datatype": "INT64", "shape": list(array.shape), "data": array.tolist()} for name, array in feed.items()]
     return {"inputs": listed, **more}
+
+
+def model_folder(factory: pytest.TempPathFactory, kind: str) -> Path:
+    """One of a few folders, made once a test process: bert, other (bert of another seed), value, pairs, vectors, slow. Not to be changed."""
+    folder = factory.getbasetemp() / "served" / kind
+    if folder.is_dir():
+        return folder
+    if kind == "slow":
+        return slow(folder, model_folder(factory, "bert"), SLOW_WORD, SLOW_TURNS)
+    made: dict[str, dict[str, Any]] = {
+        "bert": {},
+        "other": {"seed": 1},
+        "value": {"family": "roberta", "outputs": 1},
+        "pairs": {"pairs": True},
+        "vectors": {"embeds": True},
+    }
+    return deployed(folder, **made[kind])
+
+
+def row_of(folder: Path, text: str) -> list[int]:
+    """The ids of a text."""
+    return list(Encoder(folder, MAX_LENGTH).encode([text], [None])[0].ids)
+
+
+def bare(folder: Path, feed: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """What a session of its own says."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    found: np.ndarray[Any, np.dtype[np.float32]] = session.run(None, {one.name: feed[one.name] for one in session.get_inputs()})[0]
+    return found

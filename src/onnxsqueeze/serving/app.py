@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.applications import Starlette
@@ -20,6 +22,7 @@ from onnxsqueeze.serving.answer import GONE, Answer, Intake, Refused, header, js
 from onnxsqueeze.serving.batching import Batcher
 from onnxsqueeze.serving.metrics import Metrics
 from onnxsqueeze.serving.repository import Repository
+from onnxsqueeze.serving.rows import check
 from onnxsqueeze.serving.settings import Settings
 
 _TEXT = ((b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),)
@@ -34,6 +37,7 @@ class Service:
     batcher: Batcher
     metrics: Metrics
     intake: Intake
+    tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokens"))  # long texts, one request at a time
     draining: bool = False
 
 
@@ -115,8 +119,6 @@ def application(service: Service) -> Starlette:
 
 
 async def _infer(service: Service, call: Call) -> Answer:
-    from onnxsqueeze.serving.rows import check
-
     name = call.names["name"]
     model = service.repository.named(name, call.names.get("version"))
     asked = protocol.decode(call.body, header(call.scope["headers"], protocol.JSON_LENGTH), model)
@@ -127,14 +129,12 @@ async def _infer(service: Service, call: Call) -> Answer:
 
 
 async def _classify(service: Service, call: Call) -> Answer:
-    import asyncio
-
     model = service.repository.model
     texts = classify.texts_of(protocol.document(call.body), model)
     service.batcher.reserve(len(texts))
     try:
         if sum(len(first) + len(second or "") for first, second in texts) > classify.LARGE_CHARACTERS:
-            rows = await asyncio.to_thread(classify.tokens_of, texts, model)
+            rows = await asyncio.get_running_loop().run_in_executor(service.tokenizing, classify.tokens_of, texts, model)
         else:
             rows = classify.tokens_of(texts, model)
     except BaseException:

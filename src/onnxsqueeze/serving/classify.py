@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from onnxsqueeze.serving.model import Model
 
 LARGE_CHARACTERS = 4096  # of all texts: about a millisecond of tokenizing, longer than others should wait for the event loop
+_KEPT_CHARACTERS = 32  # a token has four or five in English
 _TEXTS = 'send {"texts": ["one", "two"]}, or [["one", "its second"], …] where the model reads pairs'
 
 Texts = Sequence[tuple[str, str | None]]
@@ -51,8 +52,28 @@ def _text(one: Any, where: str, *, pairs: bool) -> tuple[str, str | None]:
 
 
 def tokens_of(texts: Texts, model: Model) -> list[Encoded]:
-    """The rows as the model was measured on them: cut at the length that it was measured with."""
-    return model.encoder.encode([first for first, _ in texts], [second for _, second in texts])
+    """The rows as the model was measured on them: cut at the length that it was measured with.
+
+    Of a long text no more is tokenized than can be kept, since a token takes a hundred bytes while it is made: a beginning that ends at
+    a space, and a longer one while the row is not full.
+    """
+    rows: list[Encoded | None] = [None] * len(texts)
+    left, length = list(range(len(texts))), _KEPT_CHARACTERS * model.max_length
+    while left:
+        heads = [tuple(part if part is None else _head(part, length) for part in texts[i]) for i in left]
+        encoded = model.encoder.encode([str(first) for first, _ in heads], [second for _, second in heads])
+        for i, head, row in zip(left, heads, encoded, strict=True):
+            if head == texts[i] or len(row) == model.max_length:
+                rows[i] = row
+        left, length = [i for i in left if rows[i] is None], 4 * length
+    return [row for row in rows if row is not None]
+
+
+def _head(text: str, length: int) -> str:
+    if len(text) <= length:
+        return text
+    space = text.rfind(" ", length // 2, length)
+    return text[: space if space > 0 else length]
 
 
 def results(said: NDArray[np.float32], model: Model) -> list[dict[str, Any]]:

@@ -73,7 +73,8 @@ class Model:
         self.sha256 = known.sha256
         config = read_config(place.folder)
         self.limits = _limits(config, known, max_batch, self.inputs)
-        self.encoder = Encoder(place.folder, min(known.max_length, self.limits.tokens))
+        self.max_length = min(known.max_length, self.limits.tokens)
+        self.encoder = Encoder(place.folder, self.max_length)
         self.pad_id = self.encoder.pad_id
         self.fixed_width = next((t.sizes[1] for t in self.inputs.values() if len(t.sizes) == 2 and isinstance(t.sizes[1], int)), None)
         self.says: Says = "vector" if known.vectors else "labels" if len(known.logits[0]) > 1 else "value"
@@ -173,7 +174,7 @@ def _check_golden(model: Model, where: str) -> list[Encoded]:
 def _warm_up(model: Model, rows: Sequence[Encoded], max_batch: int) -> None:
     """Two calls each, alone and in a full batch: the shortest and longest golden sentence, and a row as long as /classify cuts."""
     rows = sorted(rows, key=len)
-    longest = Encoded((rows[-1].ids * model.golden.max_length)[: model.golden.max_length], (0,) * model.golden.max_length)
+    longest = Encoded((rows[-1].ids * model.max_length)[: model.max_length], (0,) * model.max_length)
     shapes = [(rows[0], 1), (rows[-1], 1), (longest, 1)]
     if model.mergeable and max_batch > 1:
         shapes += [(rows[0], max_batch), (rows[-1], max_batch)]
