@@ -64,7 +64,9 @@ def main() -> None:
         server.terminate()
         server.wait()
     for name, one in times.items():
-        print(f"{name:<15} p50_ms={np.median(one):.3f} p95_ms={np.percentile(one, 95):.3f} n={len(one)} batch=1 sequence={said.tokens} threads={said.threads}")
+        print(
+            f"{name:<15} p50_ms={np.median(one):.3f} p95_ms={np.percentile(one, 95):.3f} n={len(one)} batch=1 sequence={said.tokens} threads={said.threads}"
+        )
     bare, empty, whole = (float(np.median(one)) for one in times.values())
     print(f"inference - bare session = {whole - bare:.3f} ms; - empty endpoint, too = {whole - bare - empty:.3f} ms")
 

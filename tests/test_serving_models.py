@@ -108,10 +108,12 @@ def test_a_new_version_takes_over_without_a_lost_request_and_a_bad_one_does_not(
 
         with ThreadPoolExecutor(3) as pool:
             clients = [pool.submit(load) for _ in range(3)]
-            put(other, many / "2")
-            server.until("model_version", 2)
-            server.until("models_held", 1)  # the first was released
-            done.set()
+            try:
+                put(other, many / "2")
+                server.until("model_version", 2)
+                server.until("models_held", 1)  # the first was released
+            finally:
+                done.set()
             for client in clients:
                 client.result()
         assert (wrong, seen) == ([], {"1", "2"})
@@ -141,6 +143,7 @@ def test_a_new_version_takes_over_without_a_lost_request_and_a_bad_one_does_not(
     assert "version 3 is refused" in (tmp_path / "many.stderr").read_text()
 
 
+@pytest.mark.full
 def test_a_single_folder_is_loaded_again_when_it_is_replaced(bert: Path, other: Path, tmp_path: Path) -> None:
     put(bert, tmp_path / "many")
     with serving(tmp_path / "many", "--threads", 1) as server:
@@ -172,6 +175,7 @@ def test_two_processes_share_a_port_and_are_counted_together(bert: Path, tmp_pat
         pids = [int(pid) for pid in children.stdout.split()]
         assert len(pids) == 2
         os.kill(pids[0], 9)
+        server.until("models_held", 1)
         server.until("models_held", 2)
         assert logits(server) == answers[0]
         assert server.end() == 0
@@ -197,6 +201,7 @@ def test_a_folder_that_is_not_whole_is_not_served(bert: Path, tmp_path: Path, ch
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.full
 def test_external_data_is_served_from_the_folder_and_from_nowhere_else(bert: Path, tmp_path: Path) -> None:
     shutil.copytree(bert, tmp_path / "many")
     graph.save(graph.load(tmp_path / "many" / "model.onnx"), tmp_path / "many", external_above_bytes=1000)
@@ -210,6 +215,7 @@ def test_external_data_is_served_from_the_folder_and_from_nowhere_else(bert: Pat
     assert "outside its folder" in done.stderr
 
 
+@pytest.mark.full
 def test_what_the_command_line_cannot_have(bert: Path, tmp_path: Path) -> None:
     with serving(bert, "--threads", 1) as server:
         for words, message in (
@@ -235,6 +241,7 @@ def test_without_the_extra_the_command_says_what_to_install(bert: Path) -> None:
     assert "pip install 'onnxsqueeze[serve]'" in done.stderr
 
 
+@pytest.mark.full
 def test_a_host_beyond_this_machine_is_noted(bert: Path, tmp_path: Path) -> None:
     shutil.copytree(bert, tmp_path / "m")
     with serving(tmp_path / "m", "--host", "0.0.0.0", "--threads", 1):  # noqa: S104  # what is tested
