@@ -157,7 +157,7 @@ class Server:
 
     def until(self, name: str, value: float, **labels: str) -> None:
         """Wait until a metric has this value."""
-        for _ in range(600):
+        for _ in range(500):
             if self.metric(name, **labels) == value:
                 return
             time.sleep(0.02)

@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    with serving(folder, "--max-batch", 8, "--threads", 1, "--timeout-s", 2) as running:
+    with serving(folder, "--max-batch", 8, "--threads", 1, "--timeout-s", 1) as running:
         yield running
 
 
@@ -58,7 +58,7 @@ def test_the_server_says_what_it_is_and_with_how_many_threads(client: triton.Inf
     assert client.is_server_ready()
     about = client.get_server_metadata()
     assert (about["name"], about["version"]) == ("onnxsqueeze", __version__)
-    assert about["parameters"] | {"threads": 1, "workers": 1, "max_batch": 8, "queue": 64, "timeout_s": 2.0} == about["parameters"]
+    assert about["parameters"] | {"threads": 1, "workers": 1, "max_batch": 8, "queue": 64, "timeout_s": 1.0} == about["parameters"]
     assert client.is_model_ready("bert")
     assert client.is_model_ready("bert", "1")
     told = client.get_model_metadata("bert", "1")
@@ -292,8 +292,8 @@ def test_a_body_of_100_mb_that_comes_in_pieces_is_not_kept(server: Server) -> No
     [
         ((b"HELLO\r\n\r\n",), b"400", b"request: is not HTTP/1.1"),
         ((b"GET /v2 HTTP/1.1\r\nHost: x\r\nLong: ", b"a" * 70_000), b"431", b"headers: must be at most 65536 bytes"),
-        ((b"GET /v2 HTTP/1.1\r\nHo",), b"408", b"request: did not arrive within 2 s"),
-        ((b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{",), b"408", b"request: did not arrive within 2 s"),
+        ((b"GET /v2 HTTP/1.1\r\nHo",), b"408", b"request: did not arrive within 1 s"),
+        ((b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{",), b"408", b"request: did not arrive within 1 s"),
     ],
 )
 def test_what_is_no_request_and_what_is_late_is_answered_and_closed(

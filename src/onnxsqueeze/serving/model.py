@@ -109,11 +109,11 @@ def open_model(place: Place, threads: int, max_batch: int) -> Model:
     """
     known = golden.read(place.folder)
     where = f"{place.folder.name}/{place.onnx.name}"
+    if golden.digests(place.onnx.parent) != known.sha256:
+        raise ModelError(f"{where}: not the file that golden.json is of (sha256 differs)", remedy="deploy it again: `onnxsqueeze deploy`")
     for file in graph.files_of(place.onnx):
         if not file.is_file():
             raise ModelError(f"{where}: its weights are said to lie in {file.name}, which is not there", remedy="copy the whole folder")
-    if golden.digests(place.onnx.parent) != known.sha256:
-        raise ModelError(f"{where}: not the file that golden.json is of (sha256 differs)", remedy="deploy it again: `onnxsqueeze deploy`")
     backend = backends.get(known.backend)
     if backend.provider not in ort.get_available_providers():
         raise Unavailable(

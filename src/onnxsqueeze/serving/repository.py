@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable
 
-from onnxsqueeze.errors import SqueezeError, without_paths
+from onnxsqueeze.errors import without_paths
 from onnxsqueeze.serving.answer import Refused
 from onnxsqueeze.serving.folder import Place, find
 from onnxsqueeze.serving.metrics import Metrics
@@ -75,7 +75,7 @@ class Repository:
                 return self.model
             try:
                 model = await asyncio.to_thread(self._opens, place)
-            except (SqueezeError, OSError, ValueError) as error:
+            except Exception as error:  # the files can be anything; whatever they raise, the old version goes on
                 self._refused = place, str(error)
                 self._metrics.reload("refused")
                 raise Refused(

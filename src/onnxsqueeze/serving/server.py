@@ -49,7 +49,7 @@ def address(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(settings: Settings, bound: socket.socket, ready: Callable[[Model], None], parent: int | None = None) -> int:
+def serve(settings: Settings, bound: socket.socket, ready: Callable[[], None], parent: int | None = None) -> int:
     """Serve until SIGTERM or SIGINT, or until the pipe ``parent`` ends; the exit code: 1 where accepted requests got no answer in time.
 
     ``ready`` is called once, when requests are accepted. Raises what `open_model` raises.
@@ -60,7 +60,7 @@ def serve(settings: Settings, bound: socket.socket, ready: Callable[[Model], Non
     def opens(place: Place) -> Model:
         return open_model(place, settings.threads, settings.max_batch)
 
-    first = opens(require(settings.folder))
+    first = [opens(require(settings.folder))]  # emptied below: whatever keeps it would keep it in memory after the next version
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(settings, bound, first, opens, ready, parent))
 
@@ -68,9 +68,9 @@ def serve(settings: Settings, bound: socket.socket, ready: Callable[[Model], Non
 async def _serve(
     settings: Settings,
     bound: socket.socket,
-    first: Model,
+    first: list[Model],
     opens: Callable[[Place], Model],
-    ready: Callable[[Model], None],
+    ready: Callable[[], None],
     parent: int | None,
 ) -> int:
     metrics = Metrics()
@@ -81,15 +81,14 @@ async def _serve(
         timeout_s=settings.timeout_s,
         observe=metrics.batch,
     )
-    largest = settings.max_batch * first.limits.tokens * len(first.inputs) * _VALUE_BYTES
-    intake = Intake(max(_LEAST_BODY_BYTES, largest))
-    service = Service(settings, Repository(settings, first, opens, metrics), batcher, metrics, intake)
+    repository = Repository(settings, first.pop(), opens, metrics)
+    largest = settings.max_batch * repository.model.limits.tokens * len(repository.model.inputs) * _VALUE_BYTES
+    service = Service(settings, repository, batcher, metrics, Intake(max(_LEAST_BODY_BYTES, largest)))
     server = _Server(service)
     if parent is not None:
         asyncio.get_running_loop().add_reader(parent, server.stop)
     watching = asyncio.create_task(service.repository.watch())
-    starting = asyncio.create_task(_tell(server, ready, first))
-    del first
+    starting = asyncio.create_task(_tell(server, ready))
     await server.serve([bound])
     starting.cancel()
     watching.cancel()
@@ -97,10 +96,10 @@ async def _serve(
     return 0 if ended and server.answered else 1
 
 
-async def _tell(server: _Server, ready: Callable[[Model], None], first: Model) -> None:
+async def _tell(server: _Server, ready: Callable[[], None]) -> None:
     while not server.started:
         await asyncio.sleep(0.01)
-    ready(first)
+    ready()
 
 
 class _Server(uvicorn.Server):

@@ -62,7 +62,7 @@ def start(
     told = f"serving {name} on {address(bound)}: threads={settings.threads}, workers={workers}"
     if workers > 1:
         return serve_all(settings, bound, told)
-    return serve(settings, bound, lambda _: print(told, flush=True))  # noqa: T201  # the result
+    return serve(settings, bound, lambda: print(told, flush=True))  # noqa: T201  # the result
 
 
 def _loopback(host: str) -> bool:

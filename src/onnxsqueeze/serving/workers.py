@@ -107,7 +107,7 @@ class _Workers:
                 process.kill()
                 process.join()
             codes.append(process.exitcode)
-        return 0 if all(code == 0 for code in codes) else 1
+        return 0 if all(code in (0, -signal.SIGTERM) for code in codes) else 1  # by the signal itself: before it had begun to serve
 
 
 def _forget(process: BaseProcess) -> None:
@@ -119,7 +119,7 @@ def _forget(process: BaseProcess) -> None:
 def _work(settings: Settings, bound: socket.socket, pipe: Connection) -> None:
     """What a process does: serve, and end with the one that started it."""
     try:
-        code = serve(settings, bound, lambda _: pipe.send(None), parent=pipe.fileno())
+        code = serve(settings, bound, lambda: pipe.send(None), parent=pipe.fileno())
     except SqueezeError as error:
         pipe.send(str(error))
         sys.exit(error.exit_code)
