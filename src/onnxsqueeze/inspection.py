@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
 from onnxsqueeze import graph
 from onnxsqueeze.artifact import MODEL_FILE, file_sha256, models_in
 from onnxsqueeze.errors import ModelError

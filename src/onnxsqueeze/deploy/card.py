@@ -230,7 +230,8 @@ read back by Triton's own protobuf, and a session of the same ONNX Runtime provi
 
 Triton reads folders alone at the top, and of a model's folder what config.pbtxt names. `{name}/` can be copied into another repository as it is.
 
-{_threads(source)}"""
+config.pbtxt sets what was measured: one instance with {_threads_in_words(source.golden.threads)}. For more requests at once raise `instance_group`'s count, not the threads, to at most the
+cores that the container has."""
 
 
 def _threads(source: Source) -> str:
