@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -316,6 +317,7 @@ def inspect(
     "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to hf --out my-model --push me/my-model   to the Hub, too\n\n"
     "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to triton --out models     a repository for Triton\n\n"
     "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to folder --out my-model --text   a second file that takes text, too\n\n"
+    "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to folder --out old --ort 1.18   for an older ONNX Runtime\n\n"
     "Then: onnxsqueeze verify my-model"
 )
 def deploy(
@@ -346,10 +348,23 @@ def deploy(
             show_default=False,
         ),
     ] = None,
+    ort: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VERSION",
+            help="Make the file for this older ONNX Runtime, e.g. [b]1.18[/b], and try it there",
+            show_default=False,
+        ),
+    ] = None,
+    ort_python: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Python with that ONNX Runtime; default: pip makes one for the moment", show_default=False),
+    ] = None,
     python: Pythons = None,
 ) -> None:
     """Write one measured target as a folder that others load, with its record, its golden answers and a README."""
     from onnxsqueeze import config
+    from onnxsqueeze.deploy.older import made_for
     from onnxsqueeze.deploy.source import find
     from onnxsqueeze.deploy.write import deploy as write
 
@@ -360,7 +375,11 @@ def deploy(
         if to != "hf":
             raise UsageError(f"--push goes with --to hf, got --to {to}", remedy="the Hub takes a Hugging Face folder")
         check_name(push)
-    files = write(find(run, target), to, out, config.load(python or ()), text=text)
+    if ort_python is not None and ort is None:
+        raise UsageError("--ort-python goes with --ort", remedy="name the version, too: --ort 1.18")
+    source, backends = find(run, target), config.load(python or ())
+    with made_for(source, ort, ort_python) if ort is not None else nullcontext(source) as made:
+        files = write(made, to, out, backends, text=text)
     typer.echo(f"wrote {out}: {', '.join(sorted(files))}")
     if push is not None:
         typer.echo(f"pushed: {send(out, push)}")

@@ -238,6 +238,17 @@ class StageRecord(_Part):
     key: str | None = None
 
 
+class Older(_Part):
+    """A deployed file that was rewritten for an older ONNX Runtime, and what came of it there. All other figures of the record are of ``measured``."""
+
+    runtime: str = Field(description="The ONNX Runtime that it was made for and tried in: onnxruntime 1.18.1")
+    changed: tuple[str, ...] = Field(description="What was lowered, in words; empty where that version takes the measured file as it is")
+    measured: tuple[FileRecord, ...] = Field(description="The model's files as they were measured")
+    max_abs_diff: float = Field(description="Largest distance of a golden answer there, from the one here")
+    tolerance: float
+    turned: int = Field(description="Golden answers whose class is another one there")
+
+
 class Target(_Part):
     """One target's numbers: a record."""
 
@@ -288,6 +299,9 @@ class Target(_Part):
     proof: Proof | None = None
     load: Load | None = None
     extra: dict[str, Any] = Field(default_factory=dict, description="Per stage or measure kind")
+    older: Older | None = Field(
+        None, description="Where `deploy --ort` made the file for an older ONNX Runtime; null where it is the measured file"
+    )
 
 
 class Results(_Part):

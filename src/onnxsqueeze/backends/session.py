@@ -61,10 +61,10 @@ class Answers(Protocol):
 
 
 class Session:
-    """Runs one .onnx file in a process of ``python``, never quietly on another provider.
+    """Runs one .onnx file in a process of ``python``.
 
-    ``inputs`` are its input names in order, ``types`` as ONNX Runtime
-    has them ("tensor(int64)"), ``output`` the one that is read, ``load_s`` what making the session took.
+    ``inputs`` are its input names in order, ``types`` theirs as ONNX Runtime has them ("tensor(int64)"), ``output`` is the one that is read,
+    ``load_s`` what making the session took.
 
     Raises MeasureError where the file does not load, where the provider does not start, or where ONNX Runtime gave nodes to another one.
     """

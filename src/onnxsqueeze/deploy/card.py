@@ -129,7 +129,22 @@ def _measured(source: Source) -> str:
         else f"Measured on {machine}; no times were taken."
     )
     notes = f"The metric: {split.name} ({split.source}, {split.n:,} rows). {times} All of it: results.json."
-    return "\n".join(["## Measured\n", head, *rows, "", notes])
+    return "\n".join(["## Measured\n", head, *rows, "", notes, *_made_for(target)])
+
+
+def _made_for(target: Target) -> list[str]:
+    """What must be said where the file is not the measured one, or was tried in another ONNX Runtime."""
+    older = target.older
+    if older is None:
+        return []
+    tried = f"In {older.runtime} it gives the golden answers within {older.max_abs_diff:.2g} (allowed {older.tolerance:.2g}; {older.turned} of them turned); neither its speed nor its metric was measured there."
+    if not older.changed:
+        return ["", f"**Tried in {older.runtime}**, which takes the measured file as it is. {tried}"]
+    was = ", ".join(f"`{file.path}` {file.bytes:,} bytes, sha256 {file.sha256}" for file in older.measured)
+    return [
+        "",
+        f"**The file here is not the one that was measured**: it was made for {older.runtime} ({', '.join(older.changed)}). {tried} Measured was {was}.",
+    ]
 
 
 def _threads_in_words(n: int) -> str:
@@ -240,7 +255,8 @@ read back by Triton's own protobuf, and a session of the same ONNX Runtime provi
 
 Triton reads folders alone at the top, and of a model's folder what config.pbtxt names. `{name}/` can be copied into another repository as it is.
 
-{_threads(source)}"""
+config.pbtxt sets what was measured: one instance with {_threads_in_words(source.golden.threads)}. For more requests at once raise `instance_group`'s count, not the threads, to at most the
+cores that the container has."""
 
 
 def _text(source: Source, model: str) -> list[str]:

@@ -125,7 +125,7 @@ def _warmed(sample: Any, types: Any) -> tuple[tuple[Tensor, str], ...]:
 def _lines(config: Config) -> Iterator[str]:
     def noted(name: str) -> Iterator[str]:
         if name in config.notes:
-            yield f"# {config.notes[name]}"
+            yield f"# {name}: {config.notes[name]}"
 
     yield f"name: {_quoted(config.name)}  # the folder must have this name"
     yield f"platform: {_quoted(config.platform)}"
@@ -147,7 +147,7 @@ def _lines(config: Config) -> Iterator[str]:
         yield "}"
     yield from noted("instance_group")
     yield f"instance_group {{ kind: {config.instance_kind} count: {config.instance_count} }}"
-    yield from noted("accelerators")
+    yield from noted("execution_accelerators")
     for side, name in config.accelerators:
         yield f"optimization {{ execution_accelerators {{ {side} {{ name: {_quoted(name)} }} }} }}"
     yield from noted("parameters")

@@ -154,10 +154,10 @@ def _config(source: Source, name: str, values: Sequence[tuple[str, str, str, tup
     threads = source.golden.threads
     notes = {
         **batches.why,
-        "instance_group": f"one session, as measured; more of them answer at the same time and take as much memory each: up to cores ÷ {threads}",
+        "instance_group": f"one session, as measured; more of them answer at the same time and take as much memory each: at most the server's cores ÷ {threads}",
         "parameters": "as measured: ONNX Runtime's own default is a thread for each core of the host, whatever the container may use",
         "model_warmup": "real sentences, of the lengths that requests have: the model is ready when they are through",
-        **({"accelerators": _ACCELERATOR_NOTE[backend]} if backend in _ACCELERATOR_NOTE else {}),
+        **({"execution_accelerators": _ACCELERATOR_NOTE[backend]} if backend in _ACCELERATOR_NOTE else {}),
     }
     return pbtxt.Config(
         name=name,

@@ -140,8 +140,10 @@ def _made_up(onnx: Path, shape: Shape) -> Feed:
     import numpy as np
 
     place = f"{onnx.parent.name}: config.json"
-    beside, above = onnx.parent / "config.json", onnx.parent.parent / "config.json"
-    file = above if onnx.parent.name == "onnx" and not beside.is_file() else beside  # a Hugging Face folder has it one level up
+    # beside it; of a deployed folder (DIR/onnx/model.onnx, DIR/1/model.onnx, DIR/1/model.onnx/model.onnx) above it
+    file = next(
+        (folder / "config.json" for folder in list(onnx.parents)[:3] if (folder / "config.json").is_file()), onnx.parent / "config.json"
+    )
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         vocabulary = int(config["vocab_size"])
