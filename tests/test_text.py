@@ -217,10 +217,11 @@ stages:
   - kind: finetune
   - {kind: prune-vocabulary, min_count: 1}
 targets:
-  - name: int8
+  - name: fp32
     backend: cpu
     baseline: true
-    stages: [{kind: export}, {kind: quantize-dynamic}]
+    after: finetune
+    stages: [{kind: export}]
   - name: packed
     backend: cpu
     stages: [{kind: export}, {kind: quantize-dynamic}, {kind: pack}]
