@@ -156,7 +156,7 @@ def test_a_request_that_breaks_a_shared_call_is_refused_alone(folder: Path) -> N
     right, broken = tensors([[5, 6, 7]]), tensors([[5, 100_000, 7]])
 
     async def all_at_once() -> list[Any]:
-        batcher = Batcher(max_batch=16, max_delay_s=0, queue=100, timeout_s=30, observe=[].append)
+        batcher = Batcher(max_batch=16, max_delay_s=0, queue=100, timeout_s=30, observe=list[Batch]().append)
         futures = []
         for feed in (right, right, broken, right):
             batcher.reserve(1)
