@@ -65,6 +65,7 @@ def test_regression_gives_a_value(tmp_path_factory: pytest.TempPathFactory) -> N
         assert (status, said["error"].split(";")[0]) == (400, "inputs[2].name: the model has no 'token_type_ids'")
 
 
+@pytest.mark.full
 def test_a_pair_is_read_as_a_pair(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = model_folder(tmp_path_factory, "pairs")
     with serving(folder, "--threads", 1) as server:
@@ -249,6 +250,7 @@ def test_a_host_beyond_this_machine_is_noted(bert: Path, tmp_path: Path) -> None
     assert "note: 0.0.0.0 is not loopback: whoever reaches it may use it" in (tmp_path / "m.stderr").read_text()
 
 
+@pytest.mark.full
 def test_a_hugging_face_folder_is_served(bert: Path, tmp_path: Path) -> None:
     shutil.copytree(bert, tmp_path / "many")
     (tmp_path / "many" / "onnx").mkdir()

@@ -155,10 +155,8 @@ def test_a_request_that_breaks_a_shared_call_is_refused_alone(folder: Path) -> N
     model = open_model(require(folder), 1, 16)
     right, broken = tensors([[5, 6, 7]]), tensors([[5, 100_000, 7]])
 
-    calls: list[Batch] = []
-
     async def all_at_once() -> list[Any]:
-        batcher = Batcher(max_batch=16, max_delay_s=0, queue=100, timeout_s=30, observe=calls.append)
+        batcher = Batcher(max_batch=16, max_delay_s=0, queue=100, timeout_s=30, observe=list[Batch]().append)
         futures = []
         for feed in (right, right, broken, right):
             batcher.reserve(1)

@@ -54,6 +54,7 @@ class Batch:
     padding: float
     compute_s: float
     waited_s: tuple[float, ...]
+    left_rows: int  # that still waited when it ended
 
 
 def choose(waiting: list[Job], max_batch: int) -> list[Job]:
@@ -252,7 +253,7 @@ class Batcher:
             results = [self._alone(job) for job in jobs] if len(jobs) > 1 else [_failed(error)]
         took = time.perf_counter() - began
         real = sum(job.rows * job.length for job in jobs)
-        batch = Batch(rows, max(0.0, 1 - real / (rows * feed[next(iter(feed))].shape[1])), took, waited)
+        batch = Batch(rows, max(0.0, 1 - real / (rows * feed[next(iter(feed))].shape[1])), took, waited, self.waiting_rows)
         self._hand_back(jobs, results, batch)
 
     def _alone(self, job: Job) -> Outputs | Refused:

@@ -44,6 +44,8 @@ class Connection(HttpToolsProtocol):
         super().data_received(data)
         if not self._arriving:
             self._stop_waiting()
+            if not self.owes and self.timeout_keep_alive_task is None and not self.transport.is_closing():  # answered before it had arrived
+                self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
             return
         if self._late is None:
             self._wait_for_rest()
@@ -102,7 +104,10 @@ class Connection(HttpToolsProtocol):
         self._late = None
         if self.transport.is_closing():
             return
-        if (self.owes and self.cycle.response_started) or (not self.owes and not self._head_bytes):
+        if self.owes and self._in_head:  # the next request is late, the one before is not answered yet
+            self._wait_for_rest()
+            return
+        if (self.owes and self.cycle.response_started) or (not self.owes and not (self._in_head and self._head_bytes)):
             self.transport.close()  # nothing was asked, or it is answered already
             return
         seconds = self.service.settings.timeout_s

@@ -69,6 +69,7 @@ class Metrics:
         self._compute.observe(batch.compute_s)
         self._rows.observe(batch.rows)
         self._padding.observe(batch.padding)
+        self.waiting.set(batch.left_rows)
 
     def served(self, version: int, loaded: float) -> None:
         """This version takes the requests from now on."""

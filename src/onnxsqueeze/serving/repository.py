@@ -51,6 +51,11 @@ class Repository:
             raise Refused(404, f"model {name!r}, version {version[:100]!r}: is not served; version {self.model.version} is")
         return self.model
 
+    @property
+    def opening(self) -> bool:
+        """Whether a version is being loaded."""
+        return self._opening.locked()
+
     async def watch(self) -> None:
         """Look at the folder for ever; a version that was refused is tried again when its files change."""
         while True:

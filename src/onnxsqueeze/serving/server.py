@@ -91,9 +91,13 @@ async def _serve(
     starting = asyncio.create_task(_tell(server, ready))
     await server.serve([bound])
     starting.cancel()
+    opening = repository.opening
     watching.cancel()
     ended = await asyncio.to_thread(batcher.stop, 1.0)
-    return 0 if ended and server.answered else 1
+    code = 0 if ended and server.answered else 1
+    if opening or not ended:
+        os._exit(code)  # threads in a load or in a call cannot be stopped, and would be waited for
+    return code
 
 
 async def _tell(server: _Server, ready: Callable[[], None]) -> None:

@@ -97,6 +97,7 @@ class _Workers:
                 self._start()
 
     def _stop(self) -> int:
+        self._bound.close()  # else the kernel would go on taking connections that nobody serves
         for process in self._processes:
             process.terminate()
         until = time.monotonic() + DRAIN_S + LINGER_S + 3
