@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from onnxsqueeze import graph
@@ -264,6 +265,7 @@ def _text(source: Source, model: str) -> list[str]:
     if source.text is None:
         return []
     file = model.removesuffix(MODEL_FILE) + TEXT_FILE
+    providers = json.dumps(list(dict.fromkeys([source.target.provider, "CPUExecutionProvider"])))  # the tokenizer runs on the CPU
     output = next(name for name, (side, _) in graph.signature(source.folder / MODEL_FILE).items() if side == "output")
     return [
         f"""## Text in
@@ -278,7 +280,7 @@ from onnxruntime_extensions import get_library_path  # pip install onnxruntime-e
 options = ort.SessionOptions()
 options.register_custom_ops_library(get_library_path())
 options.intra_op_num_threads = {source.golden.threads}
-session = ort.InferenceSession("{file}", options, providers=["{source.target.provider}", "CPUExecutionProvider"])
+session = ort.InferenceSession("{file}", options, providers={providers})
 print(session.run(["{output}"], {{"text": np.array(["a text", "and another one"], object)}})[0])
 ```
 
