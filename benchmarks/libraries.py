@@ -96,7 +96,7 @@ def ask(connection: HTTPConnection) -> float:
 def started(name: str, work: Path) -> Iterator[HTTPConnection]:
     """A connection to a server of one library, which is installed where it is not yet, and ended in the end."""
     packages, code = LIBRARIES[name]
-    place = work / name.split()[0].lower().strip("'s")
+    place = work / name.split()[0].partition("'")[0].lower()
     python = place / "bin" / "python"
     if not python.is_file():
         venv.create(place, with_pip=True)
