@@ -4,13 +4,15 @@
     python benchmarks/loading.py --bert-base [ZEROS]
 
 Packs FILE.onnx, or an int8 BERT-base of random weights with this share of its layers' smallest set to zero, as the stage `pack` does by default. Prints a table:
-bytes, the seconds to make a session on one thread (median and range of fresh processes, in turns; the files are in the page cache), the peak memory of such a
-process and p50 of a call at 128 tokens; and whether the outputs have the same bits.
+bytes, the seconds to make a session on one thread (median and range of fresh processes, in turns; the files are in the page cache) and the peak memory of such a
+process; whether the outputs have the same bits; and how long a call at 128 tokens takes, packed ÷ dense: a process holds both sessions, opened in turns first, and calls them by turns; the
+interval (95 %, Student's t) is over processes, since equal sessions in one process differ by where their weights lie. ``--pairs N`` says how many.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -19,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from scipy.stats import t
 
 from onnxsqueeze.packing import files
 from onnxsqueeze.stages.pack import Pack
 
-PROCESSES = 7
-SECONDS = 4.0  # of calls
+PROCESSES, PAIRS = 7, 15
+SECONDS = 8.0  # of calls in a pair
 
 ONE = """
 import json, sys, time
@@ -38,13 +41,26 @@ peak = int(next(line.split()[1] for line in open("/proc/self/status") if line.st
 ids = np.random.default_rng(0).integers(1000, 20000, (1, 128))
 given = {i.name: (ids if "ids" in i.name and "type" not in i.name else np.full_like(ids, "mask" in i.name)) for i in session.get_inputs()}
 given = {i.name: given[i.name].astype(np.int32 if "32" in i.type else np.int64) for i in session.get_inputs()}
-times = []
-end = time.perf_counter() + float(sys.argv[2])
-while len(times) < 40 or time.perf_counter() < end:
-    start = time.perf_counter()
-    outputs = session.run(None, given)
-    times.append(time.perf_counter() - start)
-print(json.dumps({"load": load, "peak": peak, "p50": float(np.median(times[10:])), "outputs": outputs[0].tobytes().hex()}))
+print(json.dumps({"load": load, "peak": peak, "outputs": session.run(None, given)[0].tobytes().hex()}))
+"""
+
+PAIR = """
+import json, sys, time
+import numpy as np, onnxruntime as ort
+options = ort.SessionOptions()
+options.intra_op_num_threads = 1
+sessions = [ort.InferenceSession(file, options, providers=["CPUExecutionProvider"]) for file in sys.argv[1:3]]
+ids = np.random.default_rng(0).integers(1000, 20000, (1, 128))
+given = {i.name: (ids if "ids" in i.name and "type" not in i.name else np.full_like(ids, "mask" in i.name)) for i in sessions[0].get_inputs()}
+given = {i.name: given[i.name].astype(np.int32 if "32" in i.type else np.int64) for i in sessions[0].get_inputs()}
+times = [[], []]
+end = time.perf_counter() + float(sys.argv[3])
+while time.perf_counter() < end or len(times[0]) < 60:
+    for session, found in zip(sessions, times):
+        start = time.perf_counter()
+        session.run(None, given)
+        found.append(time.perf_counter() - start)
+print(json.dumps([float(np.median(found[10:])) for found in times]))
 """
 
 
@@ -76,7 +92,9 @@ def bert_base(folder: Path, zeros: float) -> Path:
 def main() -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory() as place:
-        asked, *zeros = sys.argv[1:]
+        words = sys.argv[1:]
+        pairs = words.pop(words.index("--pairs") + 1) if "--pairs" in words else PAIRS
+        asked, *zeros = [word for word in words if word != "--pairs"]
         dense = bert_base(Path(place), float(zeros[0]) if zeros else 0.0) if asked == "--bert-base" else Path(asked)
         packed = Path(place) / "packed.onnx"
         model = onnx.load(dense)
@@ -85,21 +103,28 @@ def main() -> None:
         runs: dict[Path, list[dict[str, float]]] = {dense: [], packed: []}
         for _ in range(PROCESSES):
             for file, found in runs.items():
-                words = [sys.executable, "-c", ONE, file, SECONDS]
-                found.append(json.loads(subprocess.run([str(word) for word in words], check=True, capture_output=True, text=True).stdout))
-        print("| file | MB | load, s (range) | peak memory, MB | p50, ms (range) |\n| --- | --- | --- | --- | --- |")
+                words = [sys.executable, "-c", ONE, str(file)]
+                found.append(json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout))
+        print("| file | MB | load, s (range) | peak memory, MB |\n| --- | --- | --- | --- |")
         for name, file in (("dense", dense), ("packed", packed)):
-            load, peak, p50 = ([run[key] for run in runs[file]] for key in ("load", "peak", "p50"))
-            size, times = file.stat().st_size / 1e6, [1000 * one for one in p50]
-            print(
-                f"| {name} | {size:.2f} | {statistics.median(load):.2f} ({min(load):.2f} to {max(load):.2f}) | {max(peak):.0f}"
-                f" | {statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f}) |"
-            )
-        ratios = [b["p50"] / a["p50"] for a, b in zip(runs[dense], runs[packed], strict=True)]
+            load, peak = ([run[key] for run in runs[file]] for key in ("load", "peak"))
+            size = file.stat().st_size / 1e6
+            print(f"| {name} | {size:.2f} | {statistics.median(load):.2f} ({min(load):.2f} to {max(load):.2f}) | {max(peak):.0f} |")
         same = len({run["outputs"] for found in runs.values() for run in found}) == 1
+        logs = [math.log(pair(dense, packed, first=i % 2)) for i in range(int(pairs))]
+        half = float(t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
+        mean = statistics.mean(logs)
         print(
-            f"\npacked ÷ dense, p50: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); {'the same' if same else 'OTHER'} bits"
+            f"\npacked ÷ dense, p50: {math.exp(mean):.4f} ({math.exp(mean - half):.4f} to {math.exp(mean + half):.4f}); {'the same' if same else 'OTHER'} bits"
         )
+
+
+def pair(dense: Path, packed: Path, *, first: int) -> float:
+    """Packed ÷ dense in one process; ``first`` 1: the packed file is opened and called first."""
+    order = (packed, dense) if first else (dense, packed)
+    words = [sys.executable, "-c", PAIR, *map(str, order), str(SECONDS)]
+    took = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    return float(took[0] / took[1] if first else took[1] / took[0])
 
 
 if __name__ == "__main__":

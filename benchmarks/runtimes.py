@@ -19,16 +19,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import venv
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+import browser
 
 from onnxsqueeze import environment
 from onnxsqueeze.errors import without_paths
@@ -161,63 +161,17 @@ def python_session(python: Path, provider: str, optimizations: str = "all") -> t
     )
 
 
-def in_browser(modules: Path, browser: str, file: Path, seconds: float) -> dict[str, Any]:
+def in_browser(modules: Path, chromium: str, file: Path, seconds: float) -> dict[str, Any]:
     """onnxruntime-web's wasm in a new headless browser, which posts what it found."""
+    files = {"/": HERE / "session.html", "/measure.mjs": HERE / "measure.mjs", "/model.onnx": file}
     dist = modules / "node_modules" / "onnxruntime-web" / "dist"
-    found: list[dict[str, Any]] = []
-    there = threading.Event()
-
-    class Pages(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            name = self.path.partition("?")[0]
-            own = {"/": HERE / "session.html", "/measure.mjs": HERE / "measure.mjs", "/model.onnx": file}
-            page = own.get(name) or dist / Path(name).name
-            if not page.is_file():
-                self.send_error(404)
-                return
-            types = {".html": "text/html", ".mjs": "text/javascript", ".js": "text/javascript", ".wasm": "application/wasm"}
-            content = page.read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Type", types.get(page.suffix, "application/octet-stream"))
-            self.send_header("Content-Length", str(len(content)))
-            self.send_header("Cross-Origin-Opener-Policy", "same-origin")  # with the next one: a clock of 5 microseconds
-            self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
-            self.end_headers()
-            self.wfile.write(content)
-
-        def do_POST(self) -> None:
-            found.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(204)
-            self.end_headers()
-            there.set()
-
-        def log_message(self, *_: object) -> None:
-            """Nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        flags = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-        ]
-        page = f"http://127.0.0.1:{server.server_port}/?seconds={seconds}"
-        opened = subprocess.Popen(
-            [browser, *flags, "--disable-sync", f"--user-data-dir={profile}", page], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        try:
-            if not there.wait(_TIMEOUT_S):
-                raise FailedError(f"no answer in {_TIMEOUT_S:.0f} s")
-        finally:
-            opened.terminate()
-            opened.wait(30)
-            server.shutdown()
-    if "error" in found[0]:
-        raise FailedError(without_paths(found[0]["error"]))
-    return found[0]
+    try:
+        found = browser.ask(chromium, files, {"/dist/": dist}, query=f"?seconds={seconds}", timeout_s=_TIMEOUT_S)
+    except TimeoutError as error:
+        raise FailedError(str(error)) from None
+    if "error" in found:
+        raise FailedError(without_paths(found["error"]))
+    return found
 
 
 def runtimes(work: Path, openvino: Path | None) -> list[Runtime]:
@@ -240,10 +194,10 @@ def runtimes(work: Path, openvino: Path | None) -> list[Runtime]:
         return lambda file, seconds: answer(["node", HERE / "session.mjs", modules, package, file, seconds])
 
     def in_chromium() -> Run:
-        browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        if browser is None:
+        chromium = browser.find()
+        if chromium is None:
             raise AbsentError("no Chromium here")
-        return partial(in_browser, node_modules(work), browser)
+        return partial(in_browser, node_modules(work), chromium)
 
     rows = []
     for name, make in made.items():

@@ -1,7 +1,7 @@
-"""A stand-in for the Hugging Face Hub on loopback: model repositories in memory, spoken to by huggingface_hub itself.
+"""A stand-in for the Hugging Face Hub on loopback: repositories in memory, spoken to by huggingface_hub and datasets themselves.
 
-It answers what huggingface_hub 0.36 asks when it makes a repository, uploads a folder (git blobs and LFS objects) and downloads files.
-Source: huggingface_hub's hf_api.py, _commit_api.py, lfs.py and file_download.py.
+It answers what huggingface_hub 0.36 asks when it makes a repository, uploads a folder (git blobs and LFS objects), downloads files and lists a data set.
+Source: huggingface_hub's hf_api.py, _commit_api.py, lfs.py, file_download.py and hf_file_system.py.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from typing import Any, Literal
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -25,7 +25,11 @@ TOKEN = "hf_of_a_test"  # noqa: S105, nobody's
 
 @dataclass
 class Hub:
-    """Repositories by name: files by path. ``private`` are those made so, ``commits`` counts them, ``objects`` are uploaded LFS contents."""
+    """Repositories by name: files by path. ``private`` are those made so, ``commits`` counts them, ``objects`` are uploaded LFS contents.
+
+    Repositories of data sets are named "datasets/OWNER/NAME". ``fault`` is the status that every question gets in place of its answer, or "cut": the
+    connection ends in the middle of each file.
+    """
 
     endpoint: str = ""
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -33,6 +37,7 @@ class Hub:
     commits: dict[str, int] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     lfs_paths: set[str] = field(default_factory=set)
+    fault: int | Literal["cut"] | None = None
 
     def sha(self, repo: str) -> str:
         """The commit that a repository is at: 40 hex digits."""
@@ -140,34 +145,46 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        if isinstance(self.hub.fault, int) and path != "/":
+            self._answer(self.hub.fault, {"error": "of a test"})
+        elif found := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._file(found[1], found[3])
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+)?", path):
-            repo = found[1]
-            if repo not in self.hub.repos:
-                self._refuse(404, "RepoNotFound", "Repository not found")
-                return
-            siblings = [{"rfilename": name} for name in sorted(self.hub.repos[repo])]
-            self._answer(
-                200,
-                {
-                    "id": repo,
-                    "modelId": repo,
-                    "sha": self.hub.sha(repo),
-                    "private": False,
-                    "tags": [],
-                    "downloads": 0,
-                    "siblings": siblings,
-                },
-            )
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+", path):
-            listed = [
-                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha256(content).hexdigest()[:40]}
-                for name, content in sorted(self.hub.repos[found[1]].items())
-            ]
-            self._answer(200, listed)
+        elif found := re.fullmatch(r"/api/(?:models/)?((?:datasets/)?[^/]+/[^/]+?)(/revision/[^/]+)?", path):
+            self._facts(found[1])
+        elif found := re.fullmatch(r"/api/(?:models/)?((?:datasets/)?[^/]+/[^/]+)/tree/[^/]+(?:/(.*))?", path):
+            deep = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() in ("true", "1")
+            below = f"{found[2]}/" if found[2] else ""
+            listed = self._entries(found[1], below, deep=deep)
+            if listed:
+                self._answer(200, listed)
+            else:
+                self._refuse(404, "EntryNotFound", "not here")
         else:
             self._refuse(404, "EntryNotFound", "not here")
+
+    def _facts(self, repo: str) -> None:
+        if repo not in self.hub.repos:
+            self._refuse(404, "RepoNotFound", "Repository not found")
+            return
+        name = repo.removeprefix("datasets/")
+        siblings = [{"rfilename": file} for file in sorted(self.hub.repos[repo])]
+        facts = {"id": name, "sha": self.hub.sha(repo), "private": False, "tags": [], "downloads": 0, "siblings": siblings}
+        self._answer(200, facts if name != repo else facts | {"modelId": name})
+
+    def _entries(self, repo: str, below: str = "", *, deep: bool) -> list[dict[str, Any]]:
+        """Files, and folders where not ``deep``, below a folder ("" or "x/")."""
+        entries: dict[str, dict[str, Any]] = {}
+        for name, content in sorted(self.hub.repos.get(repo, {}).items()):
+            inside = name.removeprefix(below)
+            if not name.startswith(below):
+                continue
+            digest = hashlib.sha256(content).hexdigest()[:40]
+            folder = below + inside.partition("/")[0]
+            if "/" in inside:
+                entries[folder] = {"type": "directory", "path": folder, "size": 0, "oid": digest}
+            if deep or "/" not in inside:
+                entries[name] = {"type": "file", "path": name, "size": len(content), "oid": digest}
+        return list(entries.values())
 
     def _file(self, repo: str, name: str) -> None:
         content = self.hub.repos.get(repo, {}).get(name)
@@ -175,4 +192,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "EntryNotFound" if repo in self.hub.repos else "RepoNotFound", f"{name} is not in {repo}")
             return
         digest = hashlib.sha256(content).hexdigest()
+        if self.hub.fault == "cut" and self.command == "GET":
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            self.close_connection = True
+            return
         self._answer(200, content, {"ETag": f'"{digest}"', "X-Repo-Commit": self.hub.sha(repo), "Content-Type": "application/octet-stream"})

@@ -31,7 +31,7 @@ from onnxsqueeze.store import Store
 from onnxsqueeze.tasks.open import open_task
 from onnxsqueeze.tasks.settings import TaskSettings
 from onnxsqueeze.tokens import Encoder, pad
-from runs import RECIPES, SMALL, Silent, command, run, small
+from runs import RECIPES, Silent, command, run, small
 
 WHOLE = (*small("qdp"), "measure.task_lengths=true", "measure.profile=true")
 
@@ -189,77 +189,6 @@ def test_one_recipe_per_single_method(recipe: str, qdp: tuple[Outcome, list[str]
     assert {target.status for target in outcome.results.targets} == {"ok"}
     assert any(line.startswith("finetune: in the store") for line in lines)  # the teacher is the one that qdp made
     assert read_results(outcome.out) == outcome.results
-
-
-@pytest.mark.parametrize("recipe", ["smallest", "fastest"])
-def test_methods_combine_into_one_file(recipe: str, qdp: tuple[Outcome, list[str]], place: Path) -> None:
-    overrides = [
-        *SMALL,
-        "stages.distill.layers=1",
-        "stages.distill.epochs=1",
-        "stages.prune-structure.multiple_of=8",
-        "stages.prune-structure.epochs=1",
-    ]
-    if recipe == "smallest":
-        overrides += ["stages.factorize.vocabulary_rank=8", "stages.factorize.epochs=1", "stages.cluster-weights.epochs=1"]
-    else:  # tuning is minutes of measuring: test_stage_optimize_graph.py tunes
-        overrides += [f"targets.{name}.stages.optimize-graph.tune=false" for name in ("int8", "fastest")]
-    outcome, lines = run(recipe, place / recipe, model=place / "model", store=place / "store", overrides=overrides)
-    assert outcome.exit_code == 0, outcome.problems
-    assert any(line.startswith("finetune: in the store") for line in lines)
-    found = targets(outcome)
-    assert found[recipe].size_bytes < found["int8"].size_bytes
-    config = json.loads((place / recipe / recipe / "config.json").read_text())
-    assert config["num_hidden_layers"] == 1
-    assert config["onnxsqueeze"]["neurons"][0] < config["intermediate_size"]
-    assert config["onnxsqueeze"].get("vocabulary_rank") == (8 if recipe == "smallest" else None)
-
-
-# What makes a recipe of recipes/methods/ fit a model of two layers.
-METHODS = {
-    "cluster-weights": ["cluster-weights.epochs=1"],
-    "distill": [],
-    "distill-small": [],
-    "drop-tokens": ["drop-tokens.keep={0: 60}", "drop-tokens.epochs=1"],
-    "early-exit": ["early-exit.after=[0]", "early-exit.epochs=1"],
-    "factorize": ["factorize.vocabulary_rank=8", "factorize.epochs=1"],
-    "prune-structure": ["prune-structure.multiple_of=8", "prune-structure.epochs=1"],
-    "prune-vocabulary": [],
-    "prune-weights": [],
-    "share-layers": ["share-layers.distinct=1", "share-layers.epochs=1"],
-    "train-low-bit": ["train-low-bit.epochs=1"],
-    "train-quantized": ["train-quantized.epochs=1"],
-}
-
-
-def test_every_recipe_of_a_method_has_its_settings_here() -> None:
-    assert sorted(METHODS) == sorted(file.stem for file in (RECIPES / "methods").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_one_recipe_per_method_ends_in_files_that_are_measured(method: str, qdp: tuple[Outcome, list[str]], place: Path) -> None:
-    overrides = [*SMALL, *(f"stages.{one}" for one in METHODS[method])]
-    if method == "early-exit":
-        overrides += [f"targets.{name}.stages.branch-exits.max_drop_pp=100" for name in ("early-exit-fp32", "early-exit-int8")]
-    if method == "distill-small":
-        overrides += [f"targets.{name}.stages.distill-small.epochs=1" for name in ("cnn-fp32", "cnn-int8", "bilstm-fp32")]
-    if method == "distill":
-        overrides += [
-            f"targets.{name}.stages.distill.{one}"
-            for name in ("logits-int8", "attention-int8", "together-int8")
-            for one in ("layers=1", "epochs=1")
-        ]
-        overrides += ["targets.together-int8.stages.distill.relation_heads=4"]
-    if method == "train-quantized":
-        overrides.append("targets.train-quantized-static-int8.stages.train-quantized.epochs=1")
-    if method == "prune-weights":
-        overrides += [f"targets.{name}.stages.prune-weights.epochs=1" for name in ("magnitude-int8", "movement-int8", "two-of-four-int8")]
-    outcome, lines = run(
-        RECIPES / "methods" / f"{method}.yaml", place / method, model=place / "model", store=place / "store", overrides=overrides
-    )
-    assert outcome.exit_code == 0, outcome.problems
-    assert {target.status for target in outcome.results.targets} == {"ok"}
-    assert any(line.startswith("finetune: in the store") for line in lines)
 
 
 def test_a_model_with_a_trained_head_is_the_teacher_as_it_is(place: Path) -> None:

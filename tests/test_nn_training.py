@@ -75,7 +75,7 @@ STAGES: dict[str, TrainingSettings] = {
 
 
 @pytest.mark.parametrize("kind", STAGES)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.full)])
 def test_a_training_interrupted_in_its_second_epoch_resumes_there_and_ends_in_the_same_bytes(
     tmp_path: Path, kind: str, precision: str
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from onnx import numpy_helper
 from models import random_checkpoint, silent
 from onnxsqueeze import graph
 from onnxsqueeze.errors import DataError
-from onnxsqueeze.verify import Finding, verify
+from onnxsqueeze.verify import Finding, verify, verify_server
 from runs import command, run, small
+from servers import serving
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +128,35 @@ def test_a_folder_without_golden_answers_is_refused_with_a_remedy(tmp_path: Path
     (tmp_path / "golden.json").write_text("{}")
     with pytest.raises(DataError, match=r"golden\.json: sha256: Field required"):
         list(verify(tmp_path, data_dir=None, progress=silent))
+
+
+@pytest.fixture(scope="module")
+def served(ran: Path) -> Iterator[str]:
+    """The URL of a server of the int8 model."""
+    with serving(ran / "int8-ort", "--threads", 1) as server:
+        yield f"http://{server.host}:{server.port}"
+
+
+def test_a_server_of_the_measured_model_answers_and_scores_as_recorded(ran: Path, served: str) -> None:
+    findings = {one.what: one for one in verify_server(served, ran / "int8-ort", data_dir=None, progress=silent)}
+    assert [findings[what].passed for what in ("outputs", "metric")] == [True, True]
+    assert "largest difference of a logit 0 " in findings["outputs"].text
+    assert "not known what computes there" in findings["outputs"].text
+    assert "from request to answer" in findings["latency"].text
+    assert findings["latency"].passed, findings["latency"].text
+
+
+def test_a_server_of_another_model_is_found_out(ran: Path, served: str) -> None:
+    done = command("verify", served, "--record", ran / "fp32", cwd=ran)
+    assert done.returncode == 1
+    assert "FAILED outputs" in done.stdout
+    assert "ok     metric" in done.stdout, "int8 scores about the same: outputs alone tell them apart"
+
+
+def test_a_url_is_compared_with_a_folder_that_has_to_be_named(ran: Path) -> None:
+    alone = command("verify", "http://localhost:1", cwd=ran)
+    assert alone.returncode == 2
+    assert "--record DIR" in alone.stderr
+    both = command("verify", ran / "fp32", "--record", ran / "fp32", cwd=ran)
+    assert both.returncode == 2
+    assert "goes with a URL" in both.stderr

@@ -243,16 +243,23 @@ def report(
     epilog="Examples:\n\n  onnxsqueeze verify runs/qdp-toy/qdp-ort                     files, outputs, latency, metric\n\n"
     "  onnxsqueeze verify runs/qdp-sst2/qdp-ort --data-dir glue/   with the metric on GLUE's dev file\n\n"
     "  onnxsqueeze verify deployed/                                a folder of `deploy`\n\n"
+    "  onnxsqueeze verify http://localhost:8080 --record deployed/  what a server answers, against that folder\n\n"
     "Exit codes: 0 as recorded, 1 other files or other outputs, 3 slower or worse than recorded."
 )
 def verify(
     target: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="FILE_OR_DIR", help="A target's folder below --out, a folder of `deploy`, or the model.onnx in one", show_default=False
+            metavar="FILE_OR_DIR_OR_URL",
+            help="A target's folder below --out, a folder of `deploy`, the model.onnx in one, or the URL of a server that speaks the Open Inference Protocol v2 (/v2/models/NAME where it has several)",
+            show_default=False,
         ),
     ],
     *,
+    record: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="With a URL: the folder whose golden answers and record it is compared with", show_default=False),
+    ] = None,
     data_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of GLUE files: compares the metric, too", show_default=False)
     ] = None,
@@ -262,12 +269,25 @@ def verify(
     from onnxsqueeze import config
     from onnxsqueeze.console import Watcher
     from onnxsqueeze.verify import verify as findings
+    from onnxsqueeze.verify import verify_server
+
+    served = "://" in target
+    if served and record is None:
+        raise UsageError(f"{target}: is compared with nothing", remedy="name the folder that it serves: --record DIR")
+    if record is not None and not served:
+        raise UsageError(f"--record {record}: goes with a URL, got {target}", remedy="a folder has its record beside it")
 
     marks = {True: "ok", False: "FAILED", None: "note"}
     failed = set()
     backends = config.load(python or ())
     with Watcher() as watcher:
-        for finding in findings(target, data_dir=data_dir, progress=watcher.begin(f"verify {target.name}"), backends=backends):
+        tell = watcher.begin(f"verify {target if served else Path(target).name}")
+        found = (
+            verify_server(target, record, data_dir=data_dir, progress=tell)
+            if record is not None
+            else findings(Path(target), data_dir=data_dir, progress=tell, backends=backends)
+        )
+        for finding in found:
             typer.echo(f"{marks[finding.passed]:<7}{finding.what}: {finding.text}")
             if finding.passed is False:
                 failed.add(finding.exit_code)
@@ -296,6 +316,7 @@ def inspect(
     "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to folder --out my-model   for a session of your own\n\n"
     "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to hf --out my-model --push me/my-model   to the Hub, too\n\n"
     "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to triton --out models     a repository for Triton\n\n"
+    "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to folder --out my-model --text   a second file that takes text, too\n\n"
     "  onnxsqueeze deploy runs/qdp-sst2 --target qdp-ort --to folder --out old --ort 1.18   for an older ONNX Runtime\n\n"
     "Then: onnxsqueeze verify my-model"
 )
@@ -312,6 +333,13 @@ def deploy(
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write: a new or an empty one", show_default=False)],
+    text: Annotated[
+        bool,
+        typer.Option(
+            "--text",
+            help="Write model_text.onnx, too: text in, the tokenizer inside the graph. Needs the extra [b]text[/b], sessions need onnxruntime-extensions",
+        ),
+    ] = False,
     push: Annotated[
         str | None,
         typer.Option(
@@ -351,10 +379,77 @@ def deploy(
         raise UsageError("--ort-python goes with --ort", remedy="name the version, too: --ort 1.18")
     source, backends = find(run, target), config.load(python or ())
     with made_for(source, ort, ort_python) if ort is not None else nullcontext(source) as made:
-        files = write(made, to, out, backends)
+        files = write(made, to, out, backends, text=text)
     typer.echo(f"wrote {out}: {', '.join(sorted(files))}")
     if push is not None:
         typer.echo(f"pushed: {send(out, push)}")
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  onnxsqueeze serve my-model                                a folder of `deploy`, on http://127.0.0.1:8080\n\n"
+    "  onnxsqueeze serve models/sst2 --workers 4 --max-batch 16  a folder of versions (1/, 2/, …): the highest, and each new one\n\n"
+    "Endpoints: /v2 (Open Inference Protocol), /classify, /metrics; see docs/serve.md. SIGTERM: answers what it accepted, exit code 0."
+)
+def serve(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="A folder of `deploy`, a target's folder below --out, or a folder of numbered versions", show_default=False
+        ),
+    ],
+    *,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model's name in URLs; default: the folder's", show_default=False)
+    ] = None,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Where to listen; beyond this machine only behind something that checks who asks")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="0: a free one, which is printed")] = 8080,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, max=256, help="Processes, each with the model in memory")] = 1,
+    max_batch: Annotated[
+        int, typer.Option(metavar="ROWS", min=1, max=4096, help="Most rows in a request, and in a call of the model")
+    ] = 32,
+    max_delay_ms: Annotated[
+        float, typer.Option(metavar="MS", min=0, max=1000, help="How long a request that waits already may wait for a fuller call")
+    ] = 0,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=1024,
+            help="Of each process's session; default: the cores that may be used ÷ workers",
+            show_default=False,
+        ),
+    ] = None,
+    queue: Annotated[
+        int | None,
+        typer.Option(
+            metavar="ROWS", min=1, help="Rows that may wait, a process; more get 429; default: 8 × --max-batch", show_default=False
+        ),
+    ] = None,
+    timeout_s: Annotated[
+        float,
+        typer.Option(metavar="S", min=0.1, max=3600, help="How long a request may take to arrive (408), and how long it may wait (504)"),
+    ] = 10,
+) -> None:
+    """Answer over HTTP with a deployed model: batched by length, watched for new versions, counted for Prometheus."""
+    from onnxsqueeze.serving.start import start
+
+    code = start(
+        folder,
+        name=name,
+        host=host,
+        port=port,
+        workers=workers,
+        max_batch=max_batch,
+        max_delay_ms=max_delay_ms,
+        threads=threads,
+        queue=queue,
+        timeout_s=timeout_s,
+    )
+    raise typer.Exit(code)
 
 
 @app.command(

@@ -182,21 +182,13 @@ def check(path: Path, like: Path | None = None, *, inputs: str | None = None, ou
 def signature(path: Path) -> dict[str, tuple[str, str]]:
     """The file's inputs and outputs in order: name → ("input" | "output", type), e.g. ``{"logits": ("output", "float32")}``."""
     import onnx
-    from onnx import helper
 
-    graph = onnx.load(str(path), load_external_data=False).graph
-    initial = {tensor.name for tensor in graph.initializer}
-    result: dict[str, tuple[str, str]] = {}
-    for side, values in (("input", graph.input), ("output", graph.output)):
-        for value in values:
-            if value.name not in initial:
-                result[value.name] = (side, str(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)))
-    return result
+    return {name: (side, dtype) for side, name, dtype, _ in values(onnx.load(str(path), load_external_data=False))}
 
 
 def values(model: onnx.ModelProto) -> list[tuple[str, str, str, tuple[int | str, ...]]]:
     """Inputs and outputs in order: ("input" | "output", name, type, dims); a free dim by its name, or "?". Initializers that are inputs, too, are left out."""
-    from onnx import helper
+    from onnx import TensorProto, helper
 
     initial = {tensor.name for tensor in model.graph.initializer}
     found = []
@@ -204,7 +196,8 @@ def values(model: onnx.ModelProto) -> list[tuple[str, str, str, tuple[int | str,
         for value in (value for value in listed if value.name not in initial):
             kind = value.type.tensor_type
             dims = tuple(int(dim.dim_value) if dim.HasField("dim_value") else str(dim.dim_param or "?") for dim in kind.shape.dim)
-            found.append((side, value.name, str(helper.tensor_dtype_to_np_dtype(kind.elem_type)), dims))
+            dtype = "string" if kind.elem_type == TensorProto.STRING else str(helper.tensor_dtype_to_np_dtype(kind.elem_type))
+            found.append((side, value.name, dtype, dims))
     return found
 
 

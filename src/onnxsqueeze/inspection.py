@@ -10,13 +10,15 @@ from onnxsqueeze import graph
 from onnxsqueeze.artifact import MODEL_FILE, file_sha256, models_in
 from onnxsqueeze.errors import ModelError
 from onnxsqueeze.provenance import KEY, RECIPE_KEY, Provenance, decode, recipe_of
+from onnxsqueeze.text import note
+from onnxsqueeze.text.note import TextNote
 
 
 @dataclass(frozen=True)
 class Inspected:
     """One file. ``values`` are ("input" | "output", name, type, dims), a dim by its name where it is free; ``files`` (name, bytes, sha256), the .onnx first.
 
-    ``provenance`` is None where the file carries none; ``recipe`` is then empty.
+    ``provenance`` is None where the file carries none; ``recipe`` is then empty. ``text`` is what a file with a tokenizer in its graph says of that.
     """
 
     files: tuple[tuple[str, int, str], ...]
@@ -27,6 +29,7 @@ class Inspected:
     provenance_bytes: int
     provenance: Provenance | None
     recipe: str
+    text: TextNote | None = None
 
 
 def file_in(path: Path) -> Path:
@@ -62,6 +65,7 @@ def inspect(path: Path) -> Inspected:
         provenance_bytes=sum(_field_bytes(entry.ByteSize()) for entry in notes),
         provenance=provenance,
         recipe=recipe_of(provenance, text, file.name) if provenance else "",
+        text=note.read(model, file.name),
     )
 
 
@@ -80,6 +84,9 @@ def lines(found: Inspected) -> list[str]:
         ("version", f"IR {found.ir_version}; opset " + ", ".join(f"{domain} {version}" for domain, version in found.opsets.items())),
         ("operators", ", ".join(f"{n} {name}" for name, n in sorted(found.operators.items(), key=lambda item: (-item[1], item[0])))),
     ]
+    if found.text:
+        tells = f"at most {found.text.max_length} tokens; {found.text.said()} (sha256 {found.text.tokenizer_sha256})"
+        rows += [("tokenizer", f"in the graph, for sessions with onnxruntime-extensions {found.text.onnxruntime_extensions}; {tells}")]
     return [*_columns(rows), "", *_said(found)]
 
 

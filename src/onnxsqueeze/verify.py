@@ -1,14 +1,16 @@
-"""`onnxsqueeze verify`: whether a folder holds the model that was measured, and whether it still answers, runs and scores as recorded."""
+"""`onnxsqueeze verify`: whether a folder holds, or a server serves, the model that was measured, and whether it still answers, runs and scores as recorded."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from onnxsqueeze import environment, graph
 from onnxsqueeze.artifact import MODEL_FILE, file_sha256, models_in
-from onnxsqueeze.backends import HERE, Backends
+from onnxsqueeze.backends import HERE, Answers, Backends
 from onnxsqueeze.errors import UsageError
 from onnxsqueeze.measure import golden
 from onnxsqueeze.measure.contention import Reading
@@ -16,8 +18,10 @@ from onnxsqueeze.measure.contention import read as read_load
 from onnxsqueeze.measure.latency import Candidate, measure_latency
 from onnxsqueeze.measure.metric import evaluate, predict
 from onnxsqueeze.measure.settings import MeasureSettings, Shape
+from onnxsqueeze.measure.statistics import nearest_rank
 from onnxsqueeze.measure.work import FixedWork
 from onnxsqueeze.nn.checkpoint import read_config
+from onnxsqueeze.remote import Remote
 from onnxsqueeze.results import RESULTS_FILE, Results, Target, read_results
 from onnxsqueeze.stage import Progress
 from onnxsqueeze.tasks.metrics import said
@@ -26,6 +30,9 @@ from onnxsqueeze.tasks.rows import as_read
 from onnxsqueeze.tasks.settings import NAMES, TaskSettings
 
 _SLOWER = 0.9  # of the recorded interval's lower end: two measurements of one file differ by a few percent
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_SERVED_CALLS = 200
+_SERVED_LIMIT = 1.5, 2.0  # × the recorded p50, and ms on top: more is wrong threads or a CPU that others use, not the way there
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,29 @@ def verify(
         yield Finding("record", None, f"no record of it in {place.folder.parent / RESULTS_FILE}: latency and metric are not compared", 0)
         return
     yield _latency(place, record, target, progress, backends, reader)
-    yield from _metrics(place, record, target, data_dir, progress, backends)
+    yield from _metrics(place, record, target, data_dir, progress, backends.open)
+
+
+def verify_server(url: str, folder: Path, *, data_dir: Path | None, progress: Progress) -> Iterator[Finding]:
+    """Compare a model behind ``url`` (see `Remote`) with the golden answers and the record in ``folder``, a target's or a deployed one.
+
+    Which kernels the server has is not known: its answers may differ as they may on another CPU. Raises as `verify` and `Remote` do.
+    """
+    place = _Place.of(folder)
+    known = golden.read(place.folder)
+    with closing(Remote(url)) as server:
+        said = golden.ask(server, place.folder, known.max_length, known.sentences)
+        now = known.model_copy(update={"cpu": "", "runtime": "", **vars(said)})
+        yield _outputs(known, now)
+        yield _invariance(now)
+        record, target = place.record, place.target
+        if record is None or target is None or target.status != "ok":
+            yield Finding(
+                "record", None, f"no record of it in {place.folder.parent / RESULTS_FILE}: latency and metric are not compared", 0
+            )
+            return
+        yield _served_latency(server, place.folder, record, target, known)
+        yield from _metrics(place, record, target, data_dir, progress, lambda *_: server)
 
 
 @dataclass(frozen=True)
@@ -120,7 +149,9 @@ def _outputs(known: golden.Golden, now: golden.Golden) -> Finding:
     text = f"largest difference of a {'component' if known.vectors else 'logit'} {off:.3g} (allowed {limit:.3g})"
     if not known.vectors:
         text += f", {turned} of {len(known.sentences)} answers turned"
-    if (known.cpu, known.runtime) != (now.cpu, now.runtime):
+    if not now.cpu:
+        text += "; not known what computes there"
+    elif (known.cpu, known.runtime) != (now.cpu, now.runtime):
         text += f"; golden ones are of {known.cpu}, onnxruntime {known.runtime}"
     return Finding("outputs", off <= limit, text, 1)
 
@@ -172,8 +203,44 @@ def _latency(
     return Finding("latency", passed, f"{text}; {ratio}", 3)
 
 
+def _served_latency(server: Remote, folder: Path, record: Results, target: Target, known: golden.Golden) -> Finding:
+    """One caller's time from request to answer at the shape of the record, whose own time is of the session alone."""
+    import numpy as np
+
+    latency = target.latency
+    if latency is None:
+        return Finding("latency", None, "was not measured", 0)
+    ids = golden.running_text(folder, known, latency.sequence)
+    feed = {"input_ids": np.tile(ids, (latency.batch, 1))}
+    feed |= {"attention_mask": np.ones_like(feed["input_ids"]), "token_type_ids": np.zeros_like(feed["input_ids"])}
+    times = []
+    for _ in range(_SERVED_CALLS):
+        begin = time.perf_counter()
+        server.run(feed)
+        times.append(1000 * (time.perf_counter() - begin))
+    p50 = nearest_rank(np.array(times[_SERVED_CALLS // 10 :]), 50)
+    shape = Shape(batch=latency.batch, sequence=latency.sequence, threads=latency.threads)
+    text = f"p50 {p50:.2f} ms at {shape} from request to answer, recorded {latency.p50_ms:.2f} ms in the session alone"
+    here = environment.processors()
+    if server.host not in _LOOPBACK or (record.environment.cpu, record.environment.instruction_set) != (
+        here["cpu"],
+        here["instruction_set"],
+    ):
+        return Finding(
+            "latency", None, f"{text}; not judged: the record is of {record.environment.cpu} ({record.environment.instruction_set})", 0
+        )
+    times_over, more_ms = _SERVED_LIMIT
+    limit = times_over * latency.p50_ms + more_ms
+    return Finding("latency", p50 <= limit, f"{text} (allowed {limit:.2f}: {times_over}× and {more_ms} ms for the way)", 3)
+
+
 def _metrics(
-    place: _Place, record: Results, target: Target, data_dir: Path | None, progress: Progress, backends: Backends
+    place: _Place,
+    record: Results,
+    target: Target,
+    data_dir: Path | None,
+    progress: Progress,
+    opener: Callable[[str, Path, int], Answers],
 ) -> Iterator[Finding]:
     task = record.task
     if task.name not in NAMES:
@@ -199,7 +266,7 @@ def _metrics(
             )
         rows = as_read(opened.info, split)
         outputs = predict(
-            place.folder, target.backend, rows, task.max_length, task.batch, threads, progress, opener=backends.open, onnx=place.onnx
+            place.folder, target.backend, rows, task.max_length, task.batch, threads, progress, opener=opener, onnx=place.onnx
         )
         value = evaluate(opened.info, said(opened.info, outputs), [row.label for row in split.rows])[task.primary].value
         passed = value >= recorded.ci95[0]

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from onnxsqueeze.backends.process import Worker
 from onnxsqueeze.errors import MeasureError, without_paths
@@ -48,6 +48,16 @@ class NodeTime:
     operator: str
     provider: str
     us: float
+
+
+class Answers(Protocol):
+    """What a call is put to: a session, or a model behind a server."""
+
+    def run(self, feed: Feed) -> NDArray[np.float32]:
+        """``{input_ids, attention_mask, …}[batch, tokens]`` → ``logits[batch, outputs] float32``."""
+
+    def close(self) -> None:
+        """End it."""
 
 
 class Session:

@@ -285,7 +285,7 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
                 else:
                     assert model, "open comes first"  # noqa: S101  # the near side sees to it
                     answer, results = _ask(model, header, arrays)
-            except _runtime_errors() as error:
+            except runtime_errors() as error:
                 answer = {"error": str(error).strip() or type(error).__name__}
         try:
             send(answers, answer, results)
@@ -325,7 +325,7 @@ def _status_bytes(field: str) -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":")), None)
 
 
-def _runtime_errors() -> tuple[type[Exception], ...]:
+def runtime_errors() -> tuple[type[Exception], ...]:
     """What ONNX Runtime raises: its own classes have no common ancestor below Exception."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from onnxsqueeze import graph
 from onnxsqueeze.artifact import MODEL_FILE
-from onnxsqueeze.deploy.source import Source
+from onnxsqueeze.deploy.source import TEXT_FILE, Source
 from onnxsqueeze.nn.checkpoint import read_config
 from onnxsqueeze.report import numbers
 from onnxsqueeze.results import Target
@@ -22,7 +23,17 @@ _GLUE_TASKS = ("sst2", "cola", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wn
 def folder_readme(source: Source, model: str) -> str:
     """README.md of a plain folder whose .onnx lies at ``model``."""
     return (
-        "\n\n".join([f"# {title(source)}", _origin(source), _measured(source), _stock_session(source, model), _check(), _recipe(source)])
+        "\n\n".join(
+            [
+                f"# {title(source)}",
+                _origin(source),
+                _measured(source),
+                _stock_session(source, model),
+                *_text(source, model),
+                _check(),
+                _recipe(source),
+            ]
+        )
         + "\n"
     )
 
@@ -30,7 +41,7 @@ def folder_readme(source: Source, model: str) -> str:
 def model_card(source: Source, model: str) -> str:
     """README.md of a Hugging Face folder: the front matter that the Hub reads, with model-index, and the same below it."""
     use = _stock_session(source, model) if source.embeds else _optimum(source)
-    parts = [f"# {title(source)}", _origin(source), _measured(source), use, _check(), _recipe(source)]
+    parts = [f"# {title(source)}", _origin(source), _measured(source), use, *_text(source, model), _check(), _recipe(source)]
     return f"---\n{_front_matter(source)}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
@@ -247,6 +258,35 @@ Triton reads folders alone at the top, and of a model's folder what config.pbtxt
 
 config.pbtxt sets what was measured: one instance with {_threads_in_words(source.golden.threads)}. For more requests at once raise `instance_group`'s count, not the threads, to at most the
 cores that the container has."""
+
+
+def _text(source: Source, model: str) -> list[str]:
+    """How to ask the model that takes text, where there is one, and what is known of how it tokenizes."""
+    if source.text is None:
+        return []
+    file = model.removesuffix(MODEL_FILE) + TEXT_FILE
+    providers = json.dumps(list(dict.fromkeys([source.target.provider, "CPUExecutionProvider"])))  # the tokenizer runs on the CPU
+    output = next(name for name, (side, _) in graph.signature(source.folder / MODEL_FILE).items() if side == "output")
+    return [
+        f"""## Text in
+
+`{file}` is the same model with the tokenizer in its graph: `text` string[batch] in, `{output}` out. Sessions need the operators of onnxruntime-extensions.
+
+```python
+import numpy as np
+import onnxruntime as ort
+from onnxruntime_extensions import get_library_path  # pip install onnxruntime-extensions
+
+options = ort.SessionOptions()
+options.register_custom_ops_library(get_library_path())
+options.intra_op_num_threads = {source.golden.threads}
+session = ort.InferenceSession("{file}", options, providers={providers})
+print(session.run(["{output}"], {{"text": np.array(["a text", "and another one"], object)}})[0])
+```
+
+A row is cut at {source.text.note.max_length} tokens, as above. Asked when this folder was written, each inside a word: {source.text.note.said()} (letters, marks,
+numbers and punctuation of Unicode's Basic Multilingual Plane). A text ends at its first NUL character, which tokenizer.json takes out."""
+    ]
 
 
 def _threads(source: Source) -> str:

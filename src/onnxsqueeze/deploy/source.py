@@ -15,6 +15,17 @@ from onnxsqueeze.measure.golden import GOLDEN_FILE, Golden
 from onnxsqueeze.nn.checkpoint import read_config
 from onnxsqueeze.provenance import Provenance, decode, recipe_of
 from onnxsqueeze.results import FileRecord, Latency, MetricValue, Results, Target, read_results
+from onnxsqueeze.text.note import TextNote
+
+TEXT_FILE = "model_text.onnx"
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """The same model with its tokenizer in the graph: the bytes of the .onnx, and what is known of how it tokenizes."""
+
+    content: bytes
+    note: TextNote
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,7 @@ class Source:
     golden: Golden
     provenance: Provenance
     recipe: str
+    text: TextModel | None = None
 
     @property
     def metric(self) -> MetricValue:
@@ -54,6 +66,8 @@ class Source:
         """Where each file goes (relative, with ``/``) → where it lies: the model below ``model_folder``, the others at the top."""
         inside = f"{model_folder}/" if model_folder else ""
         moved: dict[str, Path | bytes] = {f"{inside}{name}": self.folder / name for name in self.model}
+        if self.text:
+            moved[f"{inside}{TEXT_FILE}"] = self.text.content
         return moved | {name: self.folder / name for name in self.beside}
 
     def results(self, moved: Mapping[str, Path | bytes], model: str) -> Results:

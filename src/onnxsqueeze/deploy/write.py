@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from onnxsqueeze.artifact import MODEL_FILE
 from onnxsqueeze.backends import HERE, Backends
-from onnxsqueeze.deploy import triton
+from onnxsqueeze.deploy import text_model, triton
 from onnxsqueeze.deploy.card import folder_readme, model_card
 from onnxsqueeze.deploy.source import Source
 from onnxsqueeze.errors import ModelError, UsageError, nearest, without_paths
@@ -26,18 +27,23 @@ _TOKENIZER_NOTES = (_TOKENIZER_CONFIG, "special_tokens_map.json")
 _PLACES = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")  # keys in which transformers noted a folder
 
 
-def deploy(source: Source, kind: str, out: Path, backends: Backends = HERE) -> tuple[str, ...]:
-    """Write a deployed folder of ``kind`` at ``out``; the names of its files.
+def deploy(source: Source, kind: str, out: Path, backends: Backends = HERE, *, text: bool = False) -> tuple[str, ...]:
+    """Write a deployed folder of ``kind`` at ``out``, with ``text`` a model that takes text, too; the names of its files.
 
-    Raises UsageError where the kind is unknown or ``out`` holds anything, ModelError where the kind cannot hold this model, StoreError where
-    the disk is full; for Triton, also what `onnxsqueeze.deploy.triton.files` raises.
+    Raises UsageError where the kind is unknown, takes no text, or ``out`` holds anything, ModelError where the kind cannot hold this model,
+    StoreError where the disk is full; with ``text`` also what `text_model.make` raises, for Triton what `triton.files` does.
     """
     make = KINDS.get(kind)
     if make is None:
         raise UsageError(f"--to {kind}: unknown kind of folder{nearest(kind, list(KINDS))}", remedy=f"name one of {', '.join(KINDS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: is there already, and not empty", remedy="name a new folder, or remove this one first")
-    files = make(source, backends)
+    if text and kind == "triton":
+        raise UsageError(
+            "--text: Triton's ONNX Runtime has no operators of onnxruntime-extensions",
+            remedy="leave --text out: clients tokenize with the tokenizer.json that lies beside the model",
+        )
+    files = make(replace(source, text=text_model.make(source)) if text else source, backends)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -6,7 +6,9 @@ The sentences are from the toy grammar whatever the task, so the file may travel
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from onnxsqueeze import environment
 from onnxsqueeze.artifact import EXTERNAL_DATA_FILE, MODEL_FILE, file_sha256
-from onnxsqueeze.backends import Backends
+from onnxsqueeze.backends import Answers, Backends
 from onnxsqueeze.errors import DataError
 from onnxsqueeze.tasks.toy import toy_rows
 from onnxsqueeze.tokens import Encoder, pad
@@ -81,16 +83,9 @@ def answers(
     onnx: Path | None = None,
 ) -> Golden:
     """What the model in ``folder`` says now to the sentences ``asked``; ``onnx`` is its file where that lies elsewhere. Raises MeasureError and Unavailable."""
-    import numpy as np
-
     onnx = onnx or folder / MODEL_FILE
-    encoder = Encoder(folder, max_length)
-    rows = encoder.encode([first for first, _ in asked], [second for _, second in asked])
     with closing(backends.open(backend, onnx, threads)) as session:
-        alone = np.concatenate([session.run(pad([row], encoder.pad_id)) for row in rows])
-        together = session.run(pad(rows, encoder.pad_id))
-        width = min(max(len(row) for row in rows) + _PADDING, max_length)
-        padded = np.concatenate([session.run(pad([row], encoder.pad_id, max(width, len(row)))) for row in rows])
+        said = ask(session, folder, max_length, asked)
     runtime = backends.get(backend).runtime
     machine = environment.processors()
     return Golden(
@@ -103,10 +98,45 @@ def answers(
         runtime=runtime.version if runtime else "",
         sentences=asked,
         vectors=vectors,
+        logits=said.logits,
+        batch_spread=said.batch_spread,
+        padding_spread=said.padding_spread,
+    )
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a session said to some sentences, each alone, and how far a full batch and padding move that at most."""
+
+    logits: tuple[tuple[float, ...], ...]
+    batch_spread: float
+    padding_spread: float
+
+
+def ask(session: Answers, folder: Path, max_length: int, asked: Sequence[tuple[str, str | None]]) -> Said:
+    """Put the sentences ``asked`` to a session, in tokens of the tokenizer in ``folder``: each alone, all in one call, and padded."""
+    import numpy as np
+
+    encoder = Encoder(folder, max_length)
+    rows = encoder.encode([first for first, _ in asked], [second for _, second in asked])
+    alone = np.concatenate([session.run(pad([row], encoder.pad_id)) for row in rows])
+    together = session.run(pad(rows, encoder.pad_id))
+    width = min(max(len(row) for row in rows) + _PADDING, max_length)
+    padded = np.concatenate([session.run(pad([row], encoder.pad_id, max(width, len(row)))) for row in rows])
+    return Said(
         logits=tuple(tuple(float(x) for x in row) for row in alone),
         batch_spread=float(np.abs(together - alone).max()),
         padding_spread=float(np.abs(padded - alone).max()),
     )
+
+
+def running_text(folder: Path, known: Golden, tokens: int) -> NDArray[np.int64]:
+    """``ids[tokens]`` of the golden sentences one after the other, from the start again where they end."""
+    import numpy as np
+
+    encoder = Encoder(folder, known.max_length)
+    rows = encoder.encode([first for first, _ in known.sentences], [second for _, second in known.sentences])
+    return np.resize(np.array([i for row in rows for i in row.ids], np.int64), tokens)
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from onnxsqueeze.artifact import MODEL_FILE
-from onnxsqueeze.backends import HERE, Opener
+from onnxsqueeze.backends import HERE, Answers
 from onnxsqueeze.errors import MeasureError
 from onnxsqueeze.results import MetricDelta, MetricValue
 from onnxsqueeze.stage import Progress
@@ -31,7 +31,7 @@ def predict(
     threads: int,
     progress: Progress,
     *,
-    opener: Opener = HERE.open,
+    opener: Callable[[str, Path, int], Answers] = HERE.open,
     onnx: Path | None = None,
 ) -> NDArray[np.float32]:
     """``logits[rows, outputs]`` of every row in the file's order, ``batch`` rows a call, each padded to the longest of its call.

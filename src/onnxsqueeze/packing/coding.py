@@ -196,7 +196,8 @@ def _steps(
     places = np.flatnonzero(inverse != commonest)
     if len(places) and 2 * len(places) <= flat.size < 2**31:
         steps = np.diff(places, prepend=0).astype(np.int32)
-        yield Steps(shape, values[commonest : commonest + 1], stream(steps, least_saving), stream(flat[places], least_saving))
+        enough = least_saving * 2 * len(places) / flat.size  # the fewer there are, the less time it takes to undo them
+        yield Steps(shape, values[commonest : commonest + 1], stream(steps, enough), stream(flat[places], enough))
 
 
 def _levels(matrix: Values, axis: int, least_saving: float) -> Iterator[Levels]:

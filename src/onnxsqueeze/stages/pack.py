@@ -29,7 +29,7 @@ class Pack(Stage):
     takes: ClassVar[tuple[State, ...]] = ("onnx", "onnx-int", "onnx-fp16")
     gives: ClassVar[State] = "onnx-packed"
     version: ClassVar[int] = (
-        4  # 2: other operators, which open in a third of the time; 3: least_saving for each stream; 4: rows of up to 256 levels
+        5  # 2: other operators, which open in a third of the time; 3: least_saving for each stream; 4: rows of up to 256 levels; 5: less is enough for few values
     )
     tools: ClassVar[tuple[str, ...]] = ("onnx", "numpy")
     uses_data: ClassVar[bool] = True  # for the comparison
@@ -39,7 +39,7 @@ class Pack(Stage):
         default=0.1,
         ge=0,
         lt=1,
-        description="Values that codes would make smaller by this share of their bytes or less are stored as they are: codes take time to undo. 0: the smallest file",
+        description="Values that codes would make smaller by this share of their bytes or less are stored as they are: codes take time to undo. Less is enough for the few beside many zeros. 0: the smallest file",
     )
     dense: bool = Field(
         default=False, description=f"Write {_DENSE_FOLDER}/model.onnx, too: the same weights unpacked, for runtimes that do not fold"

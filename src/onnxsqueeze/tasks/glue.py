@@ -242,8 +242,9 @@ def _load_from_hub(config: str, split: str) -> Any:
     try:
         return datasets.load_dataset(HUB_NAME, config, split=split)
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())
         raise DataError(
-            f"task {config}: no --data-dir is given, and the Hub's {HUB_NAME} cannot be loaded: {error}", remedy=remedy
+            f"task {config}: no --data-dir is given, and the Hub's {HUB_NAME} cannot be loaded: {reason}", remedy=remedy
         ) from error
     finally:
         if bars:
