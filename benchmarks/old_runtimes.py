@@ -34,7 +34,7 @@ def main() -> None:
     print(f"| file | {' | '.join(heads)} |")
     print(f"| --- |{' --- |' * len(heads)}")
     notes: list[str] = []
-    for target in read_results(asked.run).targets:
+    for target in (one for one in read_results(asked.run).targets if one.status == "ok"):
         source = find(asked.run, target.name)
         cells = [tried(source, version, pythons[version], notes) for version in asked.versions]
         print(f"| {target.name} | {' | '.join(cells)} |", flush=True)

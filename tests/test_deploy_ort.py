@@ -92,6 +92,7 @@ def test_a_new_ir_version_is_lowered_by_two_bytes_and_nothing_else(plain: Source
         assert target.older == found
         findings = {one.what: one for one in list_of_two(out)}
         assert findings["files"].passed
+        assert findings["files"].text.startswith(f"the files that were made for onnxruntime {ort.__version__} out of the measured ones")
         assert findings["outputs"].passed
         said = (out / "README.md").read_text()
         assert "The file here is not the one that was measured" in said

@@ -133,7 +133,13 @@ def _files(place: _Place, known: golden.Golden) -> Finding:
         here = place.folder / file.path
         if Path(file.path).name not in known.sha256 and (not here.is_file() or file_sha256(here) != file.sha256):
             changed.append(file.path)
-    text = "the files that were measured" if not changed else f"{', '.join(changed)}: not what was measured (sha256 differs)"
+    older = place.target.older if place.deployed and place.target else None
+    if changed:
+        text = f"{', '.join(changed)}: not what was measured (sha256 differs)"
+    elif older and older.changed:
+        text = f"the files that were made for {older.runtime} out of the measured ones ({', '.join(older.changed)})"
+    else:
+        text = "the files that were measured"
     return Finding("files", not changed, text, 1)
 
 
