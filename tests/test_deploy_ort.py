@@ -192,6 +192,9 @@ def test_a_wrong_version_or_python_stops_before_anything_is_made(plain: Source, 
     done = command("deploy", tmp_path, "--target", "x", "--to", "folder", "--out", "o", "--ort-python", sys.executable, cwd=tmp_path)
     assert done.returncode == 2
     assert "--ort-python goes with --ort" in done.stderr
+    done = command("deploy", tmp_path, "--target", "x", "--to", "folder", "--out", "o", "--ort", "1.18", "--text", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--text goes without --ort" in done.stderr
 
 
 @pytest.mark.full

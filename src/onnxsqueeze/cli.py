@@ -377,6 +377,10 @@ def deploy(
         check_name(push)
     if ort_python is not None and ort is None:
         raise UsageError("--ort-python goes with --ort", remedy="name the version, too: --ort 1.18")
+    if text and ort is not None:
+        raise UsageError(
+            "--text goes without --ort: the file with the tokenizer is not tried in an older ONNX Runtime", remedy="leave one out"
+        )
     source, backends = find(run, target), config.load(python or ())
     with made_for(source, ort, ort_python) if ort is not None else nullcontext(source) as made:
         files = write(made, to, out, backends, text=text)
