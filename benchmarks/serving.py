@@ -6,7 +6,8 @@
 Both are folders of targets (or of `deploy`) of one SST-2 run. Each is served by `onnxsqueeze serve` with one thread, pinned to the last core of this process; the
 generator is pinned to the first. Requests are sentences of the dev file, one each, in its order, to /classify (tokenized by the server).
 
-overhead   one caller, in turns: the bare session (in this process, tokens), an empty endpoint of Starlette on uvicorn, the same tokens through /infer, text through /classify
+overhead   one caller, call by call in random order, so that each meets a core that was idle or did something else, as requests do: the bare session (in a process of its own on the server's
+           core, which times itself), an empty endpoint of Starlette on uvicorn, the same tokens through /infer, text through /classify
 curves     closed loop: so many callers, each asks again when it is answered; the models in turns at each concurrency, in rounds; rates and 99 % points, CPU of both sides,
            and rows per second of computing time, as the server's own metrics have them
 soak       open loop: requests at random times (Poisson) at 80 % of the squeezed model's highest rate in `curves`; errors, resident memory of the server
@@ -22,6 +23,7 @@ import http.client
 import json
 import math
 import os
+import random
 import re
 import socket
 import statistics
@@ -244,15 +246,23 @@ def overhead(folder: Path, encoder: Encoder, texts: Sequence[str], cores: Sequen
     os.sched_setaffinity(0, {cores[0]})
     with served(folder, cores[-1]) as server, started(["-c", EMPTY, "PORT"], "/empty", cores[-1]) as nothing:
         plain, asking, path = Caller(nothing.url), Caller(server.url), f"/v2/models/{folder.name}/infer"
+        classified = [json.dumps({"texts": [text]}).encode() for text in texts[: len(rows)]]
         binary, plainly = ([tensors(row, session.inputs, binary=binary) for row in rows] for binary in (True, False))
+
+        def once(name: str, i: int) -> float:
+            if name == "session":
+                return float(session.replay([i]).times_ms[0])
+            if name == "empty":
+                return _timed(plain.ask, "POST", "/empty", b'{"inputs": []}')
+            if name == "classify":
+                return _timed(asking.ask, "POST", "/classify", classified[i])
+            return _timed(asking.ask, "POST", path, *(binary if name == "binary" else plainly)[i])
+
         for round_ in range(rounds + 1):
-            took = {
-                "session": [float(t) for t in session.replay(range(len(rows))).times_ms],
-                "empty": [_timed(plain.ask, "POST", "/empty", b'{"inputs": []}') for _ in rows],
-                "binary": [_timed(asking.ask, "POST", path, *one) for one in binary],
-                "json": [_timed(asking.ask, "POST", path, *one) for one in plainly],
-                "classify": [_timed(asking.ask, "POST", "/classify", json.dumps({"texts": [text]}).encode()) for text in texts[:CALLS]],
-            }
+            took: dict[str, list[float]] = {name: [] for name in found}
+            for i in range(len(rows)):
+                for name in random.sample(list(found), len(found)):
+                    took[name].append(once(name, i))
             for name, times in took.items() if round_ else ():  # the first warms everything
                 found[name].append(nearest_rank(np.array(times), 50))
     session.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,3 +172,33 @@ def test_a_request_that_breaks_a_shared_call_is_refused_alone(folder: Path) -> N
     assert refused.message.startswith("model: the call failed: ")
     for answer in (*others, last):
         np.testing.assert_allclose(answer[0], bare(folder, right), atol=1e-5)
+
+
+def test_a_short_call_of_a_lone_request_is_made_by_the_loop_and_all_others_by_the_thread(folder: Path) -> None:
+    model = open_model(require(folder), 1, 16)
+    callers: list[int] = []
+    run = model.run
+
+    def told(feed: Any) -> Any:
+        callers.append(threading.get_ident())
+        return run(feed)
+
+    model.run = told  # type: ignore[method-assign]  # the same calls, and who made them
+    calls: list[Batch] = []
+
+    async def ask() -> None:
+        batcher = Batcher(max_batch=16, max_delay_s=0, queue=100, timeout_s=30, observe=calls.append)
+        for together in (1, 1, 2, 1):
+            for _ in range(together):
+                batcher.reserve(1)
+            await asyncio.gather(*(batcher.submit(model, tensors([[5, 6, 7]]), 1, 3) for _ in range(together)))
+            assert batcher.waiting_rows == 0
+        model.steady = False
+        batcher.reserve(1)
+        await batcher.submit(model, tensors([[5, 6, 7]]), 1, 3)
+        assert await asyncio.to_thread(batcher.stop, 10)
+
+    asyncio.run(ask())
+    here = threading.get_ident()
+    assert sum(call.rows for call in calls) == 6
+    assert [caller == here for caller in callers if caller] == [False, True, *[False] * (len(calls) - 4), True, False]

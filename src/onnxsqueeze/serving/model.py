@@ -36,6 +36,7 @@ _DATATYPES = {
     "tensor(uint32)": "UINT32", "tensor(int32)": "INT32", "tensor(uint64)": "UINT64", "tensor(int64)": "INT64",
     "tensor(float16)": "FP16", "tensor(float)": "FP32", "tensor(double)": "FP64",
 }  # fmt: skip
+_BRANCHES = {"If", "Loop", "Scan"}
 DTYPES = {
     name: np.dtype("bool" if name == "BOOL" else name.lower().replace("fp", "float")).newbyteorder("<") for name in _DATATYPES.values()
 }
@@ -83,6 +84,7 @@ class Model:
         words = {t.sizes for t in self.inputs.values()}
         free = len(words) == 1 and all(len(sizes) == 2 and not any(isinstance(size, int) for size in sizes) for sizes in words)
         rows, tokens = next(iter(words)) if free else (None, None)
+        self.steady = graph.operators(place.onnx).keys().isdisjoint(_BRANCHES)  # equal shapes take equal time
         self.mergeable = free and self.inputs.keys() <= set(INPUT_NAMES) and all(t.sizes[:1] == (rows,) for t in self.outputs.values())
         self.per_token = [tokens is not None and tokens in t.sizes[1:2] for t in self.outputs.values()]
 
