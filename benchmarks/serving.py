@@ -326,7 +326,7 @@ def table(out: Path) -> None:
     lines = [
         "# Served on loopback",
         "",
-        f"{about['cpu']} ({about['instruction_set']}), {about['date']}; the generator on one core, the server with one thread on another. Made by `{about['command']}` at commit {about['commit']}.",
+        f"{about['cpu']} ({about['instruction_set']}), {about['date']}; the generator on one core, the server with one thread on another. Made by `{about['command']}` at commit {about['commit']}; the models by `{about['run']}`.",
         "",
     ]
     lines += [
@@ -458,6 +458,7 @@ def measure(asked: argparse.Namespace) -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "command": without_paths(f"python benchmarks/serving.py {' '.join(sys.argv[1:])}"),
         "commit": commit,
+        "run": record.command,
         "models": [
             {
                 "name": one.name,

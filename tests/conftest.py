@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from onnxsqueeze.pipeline import Outcome
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a test run in the background ignores Ctrl-C, and so would all that it starts
@@ -21,3 +26,20 @@ def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("ONNXSQUEEZE_CONFIG", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     return root
+
+
+@pytest.fixture(scope="session")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """recipes/q.yaml on a random model with a card and without the notes that transformers writes beside a tokenizer."""
+    from models import random_checkpoint
+    from runs import run, small
+
+    place = tmp_path_factory.mktemp("deploy")
+    model = random_checkpoint(place / "tiny", "bert", layers=2, head=False)
+    (model / "README.md").write_text("---\nlicense: mit\n---\n# tiny\n")
+    (model / "special_tokens_map.json").unlink()
+    notes = json.loads((model / "tokenizer_config.json").read_text()) | {"name_or_path": "/home/alice/models/tiny"}
+    (model / "tokenizer_config.json").write_text(json.dumps(notes))  # as older versions of transformers have it
+    outcome, _ = run("q", place / "out", model=model, store=place / "store", overrides=small("q"))
+    assert outcome.exit_code == 0
+    return outcome

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from models import random_checkpoint, silent
+from models import silent
 from onnxsqueeze import graph
 from onnxsqueeze.artifact import file_sha256
 from onnxsqueeze.deploy.source import Source, find
@@ -27,23 +27,9 @@ from onnxsqueeze.recipe import load
 from onnxsqueeze.results import read_results
 from onnxsqueeze.tokens import Encoder, pad
 from onnxsqueeze.verify import Finding, verify
-from runs import command, run, small
+from runs import command
 
 TEXTS = ["a great film , said the woman", "dull", "the plot was not good and the music was very old"]
-
-
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """recipes/q.yaml on a random model with a card and without the notes that transformers writes beside a tokenizer."""
-    place = tmp_path_factory.mktemp("deploy")
-    model = random_checkpoint(place / "tiny", "bert", layers=2, head=False)
-    (model / "README.md").write_text("---\nlicense: mit\n---\n# tiny\n")
-    (model / "special_tokens_map.json").unlink()
-    notes = json.loads((model / "tokenizer_config.json").read_text()) | {"name_or_path": "/home/alice/models/tiny"}
-    (model / "tokenizer_config.json").write_text(json.dumps(notes))  # as older versions of transformers have it
-    outcome, _ = run("q", place / "out", model=model, store=place / "store", overrides=small("q"))
-    assert outcome.exit_code == 0
-    return outcome
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 from hub import Hub, running
 from models import random_checkpoint
 from onnxsqueeze.pipeline import Outcome
-from runs import command, run, small
+from runs import command
 
 LOAD = """
 import sys
@@ -24,13 +24,6 @@ name = sys.argv[1]
 model, tokenizer = ORTModelForSequenceClassification.from_pretrained(name), AutoTokenizer.from_pretrained(name)
 print(pipeline("text-classification", model=model, tokenizer=tokenizer)("a great film")[0])
 """
-
-
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    place = tmp_path_factory.mktemp("push")
-    model = random_checkpoint(place / "tiny", "bert", layers=1, head=False)
-    return run("q", place / "out", model=model, store=place / "store", overrides=[*small("q"), "measure.latency=false"])[0]
 
 
 @pytest.fixture

@@ -11,21 +11,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from models import random_checkpoint
 from onnxsqueeze import graph
 from onnxsqueeze.artifact import file_sha256
 from onnxsqueeze.errors import ModelError
 from onnxsqueeze.inspection import inspect
 from onnxsqueeze.pipeline import Outcome
 from onnxsqueeze.recipe import load
-from runs import RECIPES, command, run, small
-
-
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    place = tmp_path_factory.mktemp("inspect")
-    model = random_checkpoint(place / "model", "bert", layers=1, head=False)
-    return run("q", place / "out", model=model, store=place / "store", overrides=small("q"))[0]
+from runs import RECIPES, command, small
 
 
 def test_it_shows_signature_operators_digests_and_provenance(ran: Outcome) -> None:

@@ -34,7 +34,7 @@ from onnxsqueeze.text import probe, rules
 from onnxsqueeze.text.session import open_text
 from onnxsqueeze.tokens import Encoder, pad
 from onnxsqueeze.verify import verify
-from runs import command, run, small
+from runs import command, run
 
 MAX_LENGTH = 32
 TEXTS = [
@@ -52,13 +52,6 @@ TEXTS = [
     "the plotzwx filmß wonderfulß",  # cut short in the middle of a word: unknown as a whole
     "q\u0301\u0327\u0345 I\u0307 \u1e9b\u0323 ﬁ Ω ς İ",
 ]
-
-
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    place = tmp_path_factory.mktemp("text")
-    model = random_checkpoint(place / "tiny", "bert", layers=1, head=False)
-    return run("q", place / "out", model=model, store=place / "store", overrides=[*small("q"), "measure.latency=false"])[0]
 
 
 @pytest.fixture(scope="module")
