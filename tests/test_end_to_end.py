@@ -217,6 +217,7 @@ def test_a_recipe_without_a_baseline_gets_one(place: Path, tmp_path: Path) -> No
     assert [stage.kind for stage in rows["baseline-cpu"].stages] == ["finetune", "export"]
 
 
+@pytest.mark.full
 def test_a_student_with_a_pruned_vocabulary_is_recorded_and_its_corpus_counts_by_content(place: Path, tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_text("the city never made music\n", encoding="utf-8")
     stages = "  - {kind: prune-vocabulary, corpus: corpus.txt}\n  - {kind: distill, layers: 1, epochs: 1}\n"
@@ -240,6 +241,7 @@ def test_a_student_with_a_pruned_vocabulary_is_recorded_and_its_corpus_counts_by
     assert "prune-vocabulary …" in lines
 
 
+@pytest.mark.full
 def test_a_student_of_its_own_counts_by_content_and_learns_from_the_rows_that_its_stage_asks_for(place: Path, tmp_path: Path) -> None:
     student = random_checkpoint(tmp_path / "student", "distilbert", layers=1, head=False)
     stages = f"  - {{kind: distill, student: {student}, alpha_hidden: 0, epochs: 1, batch_size: 8, train_rows: 40}}\n"
@@ -425,6 +427,7 @@ def test_a_file_that_takes_single_rows_alone_is_a_failed_row_and_the_record_is_w
     assert failed.size_bytes == (folder / "model.onnx").stat().st_size
 
 
+@pytest.mark.full
 def test_other_columns_of_the_same_dev_file_are_measured_anew(place: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     for name, n in (("train", 600), ("dev", 60)):

@@ -35,7 +35,7 @@ def test_it_shows_signature_operators_digests_and_provenance(ran: Outcome) -> No
         f"recipe q (sha256 {ran.results.recipe_sha256}), target int8-ort, seed 0",
         "set task.max_length=32",
         "stages finetune → export → quantize-dynamic",
-        f"model model (sha256 {ran.results.model_sha256}), licence not known",
+        f"model tiny (sha256 {ran.results.model_sha256}), licence mit",
         f"metric accuracy {target.metrics['validation']['accuracy'].value:.4f} (95 %: ",
         "backend cpu, measured with onnxruntime ",
     ):  # fmt: skip
@@ -49,7 +49,7 @@ def test_the_recipe_that_it_prints_is_the_one_that_was_run(ran: Outcome, tmp_pat
     done = command("inspect", ran.out / "fp32" / "model.onnx", "--recipe", cwd=tmp_path)
     (tmp_path / "back.yaml").write_text(done.stdout)
     assert command("check", "back.yaml", cwd=tmp_path).returncode == 0
-    assert load(tmp_path / "back.yaml").recipe == load(RECIPES / "q.yaml", [*small("q"), "model=model"]).recipe
+    assert load(tmp_path / "back.yaml").recipe == load(RECIPES / "q.yaml", [*small("q"), "model=tiny"]).recipe
 
 
 def test_files_that_are_no_onnx_are_told(tmp_path: Path) -> None:

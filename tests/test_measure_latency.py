@@ -429,6 +429,7 @@ def test_the_way_from_text_to_logits_is_the_models_time_and_the_tokenizers(tmp_p
     np.testing.assert_allclose(text.whole_ms - text.tokenize_ms, model_ms[:200])
 
 
+@pytest.mark.full
 def test_memory_is_told_apart_by_model(tmp_path: Path) -> None:
     candidates = []
     for name, width in (("small", 8), ("large", 100_000)):

@@ -275,7 +275,14 @@ def test_a_float_graph_has_no_activations_to_fix(exported: tuple[Artifact, Artif
         build(with_static(), exported[0], tmp_path / "out", exported[2])
 
 
-@pytest.mark.parametrize(("verdict", "kept"), [("slower", True), ("tie", False), ("unproven", False)])
+@pytest.mark.parametrize(
+    ("verdict", "kept"),
+    [
+        ("slower", True),
+        pytest.param("tie", False, marks=pytest.mark.full),
+        pytest.param("unproven", False, marks=pytest.mark.full),
+    ],
+)
 def test_tuning_keeps_fixed_ranges_only_where_the_graph_without_them_was_slower(
     exported: tuple[Artifact, Artifact, Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verdict: Verdict, kept: bool
 ) -> None:

@@ -292,6 +292,7 @@ def test_vocabulary_files_and_settings_beside_tokenizer_json_match_it(tmp_path: 
         }
 
 
+@pytest.mark.full
 def test_two_runs_write_equal_bytes_whatever_the_hash_seed(tmp_path: Path) -> None:
     parent = random_checkpoint(tmp_path / "parent", "roberta")
     script = (

@@ -8,15 +8,16 @@ import pytest
 from pydantic import ValidationError
 
 from dequantize import errors, matrices
-from exports import build, distance, export
+from exports import build, distance, export, near
 from models import FAMILIES, FamilyName, artifact
 from onnxsqueeze import graph, weights
 from onnxsqueeze.errors import StageError
+from onnxsqueeze.stages.int8 import seven_bits
 from onnxsqueeze.stages.quantize_dynamic import QuantizeDynamic
 
 
 def stage(**settings: Any) -> QuantizeDynamic:
-    return QuantizeDynamic.model_validate({"kind": "quantize-dynamic", "reduce_range": False, **settings})
+    return QuantizeDynamic.model_validate({"kind": "quantize-dynamic", "reduce_range": seven_bits("auto"), **settings})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -30,7 +31,7 @@ def test_every_weight_of_every_family_is_within_half_a_step(tmp_path: Path, fami
         assert (error <= step * 0.501).all(), name
     assert changed.count == len(found) == sum(changed.details["integer_weights"].values())
     assert changed.details["float_matrices_left"] == 0
-    assert distance(parent, small, context) < 0.1
+    assert distance(parent, small, context) < near(0.1)
 
 
 def test_embeddings_are_8_bit_in_the_file(tmp_path: Path) -> None:
@@ -92,7 +93,7 @@ def test_a_fused_graph_is_quantized_and_the_record_says_what_shape_inference_lef
     assert graph.operators(fused.onnx)["com.microsoft.SkipLayerNormalization"] == 4
     small, changed = build(stage(), fused, tmp_path / "int8", context)
     assert "taken as float32" in changed.details["shape_inference"]
-    assert distance(parent, small, context) < 0.1
+    assert distance(parent, small, context) < near(0.1)
 
 
 def test_cuda_is_refused_with_the_reason_and_the_cpu_is_not() -> None:

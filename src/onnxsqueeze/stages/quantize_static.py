@@ -35,7 +35,7 @@ class QuantizeStatic(Stage):
     ONNXQuantizer; ranges: `onnxsqueeze.stages.calibrated`.
     """
 
-    version: ClassVar[int] = 2  # 2: residuals are not rounded
+    version: ClassVar[int] = 3  # 2: residuals are not rounded; 3: tables keep 8 bits beside weights of 7
     takes: ClassVar[tuple[State, ...]] = ("onnx",)
     gives: ClassVar[State] = "onnx-int"
     tools: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnx")
@@ -175,6 +175,12 @@ class QuantizeStatic(Stage):
         seven, operators = seven_bits(self.reduce_range), list(self.op_types)
         if self.format == "qdq":
             options["OpTypesToExcludeOutputQuantization"] = list(_PRODUCTS)
+            if seven:  # no product reads a table's integers, so these need no spare bit
+                gathers = (node for node in model.graph.node if node.op_type == "Gather" and node.name not in excluded)
+                tables = {node.input[0] for node in gathers if node.input[0] in constant}
+                options["TensorQuantOverrides"] = (
+                    {name: [{"reduce_range": False}] for name in sorted(tables)} if "Gather" in operators else {}
+                )
             quantizer = QDQQuantizer(model, self.per_channel, seven, *settings, operators, options)
         else:
             quantizer = ONNXQuantizer(model, self.per_channel, seven, QuantizationMode.QLinearOps, True, *settings, operators, options)  # noqa: FBT003, static
