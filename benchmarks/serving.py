@@ -165,7 +165,7 @@ async def open_loop(url: str, bodies: Sequence[bytes], rate: float, seconds: flo
     memory: list[tuple[float, int]] = []
     waits = np.random.default_rng(0).exponential(1 / rate, math.ceil(rate * seconds * 1.2)).cumsum()
     waits = waits[waits < seconds]
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=512)) as client:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=128)) as client:
         begin = time.perf_counter()
 
         async def ask(body: bytes, due: float) -> None:
