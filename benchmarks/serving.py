@@ -412,7 +412,7 @@ def table(out: Path) -> None:
             "## Under load for long",
             "",
             (
-                f"{about['models'][1]['name']}, {soak['seconds']:g} s at {soak['rate_per_s']:.0f} requests a second (80 % of the most): answers by status {soak['statuses']}, p50 {soak['p50_ms']:.1f} ms, p99 {soak['p99_ms']:.1f} ms;"
+                f"{about['models'][1]['name']}, {soak['seconds']:g} s at {soak['rate_per_s']:.0f} requests a second (80 % of the most), commit {soak['commit']}: answers by status {soak['statuses']}, p50 {soak['p50_ms']:.1f} ms, p99 {soak['p99_ms']:.1f} ms;"
                 f" resident memory {statistics.mean(memory[tenth : 2 * tenth]):.1f} MB in the second tenth, {statistics.mean(memory[-tenth:]):.1f} MB in the last, {max(memory):.1f} MB at most."
             ),
             "",
@@ -483,7 +483,8 @@ def measure(asked: argparse.Namespace) -> None:
             asyncio.run(closed_loop(f"{server.url}/classify", bodies, 8, 5))
             _write(
                 asked.out / "soak.json",
-                asyncio.run(open_loop(f"{server.url}/classify", bodies, 0.8 * most, asked.soak_seconds, server.process)),
+                {"commit": commit}
+                | asyncio.run(open_loop(f"{server.url}/classify", bodies, 0.8 * most, asked.soak_seconds, server.process)),
             )
 
 
