@@ -36,7 +36,7 @@ async def infer(request):
     await request.body()
     return Response(b'{"outputs": [{"name": "logits", "shape": [1, 2], "datatype": "FP32", "data": [0.0, 1.0]}]}', media_type="application/json")
 
-app = Starlette(routes=[Route("/v2/models/m/infer", infer, methods=["POST"])])
+app = Starlette(routes=[Route("/v2/models/m/infer", infer, methods=["GET", "POST"])])
 uvicorn.run(app, port=int(sys.argv[1]), log_level="error", access_log=False, http="httptools", loop="uvloop")
 """
 

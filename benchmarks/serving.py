@@ -40,6 +40,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import psutil
+from libraries import STARLETTE
 
 from onnxsqueeze import environment
 from onnxsqueeze.backends import HERE
@@ -53,18 +54,6 @@ from onnxsqueeze.tokens import Encoder, pad
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
 BOUNDS_MS = (25, 50, 100, 200)
 CALLS = 400  # of one kind in a round of `overhead`
-EMPTY = """
-import sys, uvicorn
-from starlette.applications import Starlette
-from starlette.responses import Response
-from starlette.routing import Route
-
-async def empty(request):
-    await request.body()
-    return Response(b"{}", media_type="application/json")
-
-uvicorn.run(Starlette(routes=[Route("/empty", empty, methods=["GET", "POST"])]), port=int(sys.argv[1]), log_level="warning", access_log=False, http="httptools", loop="uvloop")
-"""
 
 
 class RefusedError(Exception):
@@ -244,7 +233,7 @@ def overhead(folder: Path, encoder: Encoder, texts: Sequence[str], cores: Sequen
     session = HERE.open("cpu", folder / "model.onnx", 1)
     session.hold(rows)
     os.sched_setaffinity(0, {cores[0]})
-    with served(folder, cores[-1]) as server, started(["-c", EMPTY, "PORT"], "/empty", cores[-1]) as nothing:
+    with served(folder, cores[-1]) as server, started(["-c", STARLETTE, "PORT"], "/v2/models/m/infer", cores[-1]) as nothing:
         plain, asking, path = Caller(nothing.url), Caller(server.url), f"/v2/models/{folder.name}/infer"
         classified = [json.dumps({"texts": [text]}).encode() for text in texts[: len(rows)]]
         binary, plainly = ([tensors(row, session.inputs, binary=binary) for row in rows] for binary in (True, False))
@@ -253,7 +242,7 @@ def overhead(folder: Path, encoder: Encoder, texts: Sequence[str], cores: Sequen
             if name == "session":
                 return float(session.replay([i]).times_ms[0])
             if name == "empty":
-                return _timed(plain.ask, "POST", "/empty", b'{"inputs": []}')
+                return _timed(plain.ask, "POST", "/v2/models/m/infer", *plainly[i])
             if name == "classify":
                 return _timed(asking.ask, "POST", "/classify", classified[i])
             return _timed(asking.ask, "POST", path, *(binary if name == "binary" else plainly)[i])

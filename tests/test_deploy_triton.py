@@ -353,3 +353,9 @@ def test_rows_of_the_measured_length_are_full(plain: Source) -> None:
     rows = triton._long_rows(plain, 500, 3)
     assert [len(row) for row in rows] == [500] * 3
     assert encoder.pad_id not in pad(rows, encoder.pad_id)["input_ids"]
+
+
+def test_text_is_refused_for_triton_before_anything_is_made(ran: Outcome, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--text: Triton's ONNX Runtime has no operators of onnxruntime-extensions"):
+        deploy(find(ran.out, "int8-ort"), "triton", tmp_path / "models", text=True)
+    assert not (tmp_path / "models").exists()

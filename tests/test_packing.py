@@ -132,3 +132,13 @@ def test_values_between_zeros_are_listed_where_codes_save_too_little() -> None:
     assert coding.unpack(quick).tobytes() == values.tobytes()
     streams = [one.stream.further for one in (small, quick) if isinstance(one, coding.Flat) and isinstance(one.stream, coding.Coded)]
     assert [type(one) for one in streams] == [coding.Coded, coding.Raw]
+
+
+def test_the_fewer_values_stand_between_zeros_the_less_their_codes_have_to_save() -> None:
+    for zeros, coded in ((0.5, False), (0.9, True)):
+        values = tensor(3, (1000, 400), "int8", 250, zeros, 28.0)
+        small, quick = coding.pack(values), coding.pack(values, 0.1)
+        assert small is not None
+        assert quick is not None
+        assert (quick.bytes == small.bytes) == coded, (zeros, quick.bytes / small.bytes)
+        assert coding.unpack(quick).tobytes() == values.tobytes()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 
 from onnxsqueeze.errors import MeasureError, SqueezeError, Unavailable, UsageError
@@ -15,8 +16,8 @@ from onnxsqueeze.remote import Remote
 
 
 @contextmanager
-def answering(status: int, body: bytes) -> Iterator[str]:
-    """A web server that is no inference server: it gives the same to everything."""
+def answering(status: int, body: bytes, *, keeps: bool = True) -> Iterator[str]:
+    """A web server that is no inference server: it gives the same to everything, and ends each connection without a word where it ``keeps`` none."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -27,6 +28,7 @@ def answering(status: int, body: bytes) -> Iterator[str]:
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
+            self.close_connection = not keeps
 
         def do_POST(self) -> None:
             self.do_GET()
@@ -79,3 +81,25 @@ def test_nothing_at_that_port() -> None:
 def test_what_is_no_url_is_refused(url: str) -> None:
     with pytest.raises(UsageError, match=r"http://HOST:PORT"):
         Remote(url)
+
+
+def test_a_model_that_takes_no_token_ids_is_told_with_what_it_takes() -> None:
+    about = json.dumps({"inputs": [{"name": "text", "datatype": "BYTES"}], "outputs": [{"name": "logits"}]}).encode()
+    with answering(200, about) as url, pytest.raises(MeasureError, match="reads text BYTES, not token ids"):
+        Remote(f"{url}/v2/models/m").run({})
+
+
+def test_an_answer_without_the_tensor_is_no_answer() -> None:
+    about = json.dumps({"inputs": [{"name": "input_ids", "datatype": "INT64"}], "outputs": [{"name": "logits"}]}).encode()
+    with answering(200, about) as url, pytest.raises(MeasureError, match="its answer holds no tensor logits"):
+        Remote(f"{url}/v2/models/m").run({"input_ids": np.ones((1, 2), np.int64)})
+
+
+def test_a_connection_that_the_server_closed_between_two_calls_is_opened_again() -> None:
+    about = json.dumps(
+        {"inputs": [{"name": "input_ids", "datatype": "INT64"}], "outputs": [{"name": "y", "shape": [1, 1], "data": [2.5]}]}
+    ).encode()
+    with answering(200, about, keeps=False) as url:
+        remote = Remote(f"{url}/v2/models/m")
+        for _ in range(2):
+            assert remote.run({"input_ids": np.ones((1, 2), np.int64)}).tolist() == [[2.5]]

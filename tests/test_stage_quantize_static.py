@@ -46,6 +46,17 @@ def test_every_weight_is_within_half_a_step_and_logits_stay_close(tmp_path: Path
     assert distance(parent, small, context) < near(0.1)
 
 
+@pytest.mark.parametrize("format", ["qdq", "qoperator"])
+def test_beside_weights_of_7_bits_tables_keep_8(tmp_path: Path, format: str) -> None:  # noqa: A002, the setting's name
+    parent, context = export(tmp_path, "bert")
+    small, _ = build(stage(reduce_range=True, format=format), parent, tmp_path / "int8", context)
+    held = [values for values in matrices(small.onnx).values() if values.ndim == 2]
+    assert max(int(np.abs(values.astype(int)).max()) for values in held if values.dtype == np.int8) == 64
+    tables = [values for values in held if values.dtype == np.uint8]
+    assert len(tables) == 3
+    assert all(values.max() == 255 for values in tables)
+
+
 def test_activation_ranges_are_the_smallest_and_largest_values_of_the_training_rows(tmp_path: Path) -> None:
     import onnx
     import onnxruntime as ort

@@ -160,3 +160,22 @@ def test_a_url_is_compared_with_a_folder_that_has_to_be_named(ran: Path) -> None
     both = command("verify", ran / "fp32", "--record", ran / "fp32", cwd=ran)
     assert both.returncode == 2
     assert "goes with a URL" in both.stderr
+
+
+def test_a_server_that_is_slow_or_scores_worse_than_recorded_is_told(copy: Path, served: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxsqueeze.verify._SERVED_LIMIT", (0.0, 0.0))
+    value = json.loads((copy.parent / "results.json").read_text())["targets"][1]["metrics"]["validation"]["accuracy"] | {"ci95": [1.0, 1.0]}
+    edit(copy, metrics__validation__accuracy=value)
+    findings = {one.what: one for one in verify_server(served, copy, data_dir=None, progress=silent)}
+    assert findings["outputs"].passed
+    assert [(findings[what].passed, findings[what].exit_code) for what in ("latency", "metric")] == [(False, 3), (False, 3)]
+
+
+def test_the_time_of_a_server_is_not_judged_by_the_record_of_another_machine(copy: Path, served: str) -> None:
+    file = copy.parent / "results.json"
+    record = json.loads(file.read_text())
+    record["environment"]["cpu"] = "another CPU"
+    file.write_text(json.dumps(record))
+    findings = {one.what: one for one in verify_server(served, copy, data_dir=None, progress=silent)}
+    assert findings["latency"].passed is None
+    assert "the record is of another CPU" in findings["latency"].text
