@@ -15,13 +15,15 @@ from onnxsqueeze.store import Store
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
 
-# What makes a run small: few rows, one epoch, one layer, short measuring of one shape.
+# What makes a run small: few rows, one epoch, one layer, and nothing timed; timing takes as long as all the rest.
 SMALL = (
     "task.train_rows=256",
     "task.max_length=32",
     "stages.finetune.epochs=1",
-    "measure={sequence: 32, shapes: [], processes: 2, min_runs: 20, min_seconds: 0, task_lengths: false, profile: false}",
+    "measure={sequence: 32, shapes: [], processes: 2, min_runs: 20, min_seconds: 0, task_lengths: false, profile: false, latency: false}",
 )
+TIMED = ("measure.latency=true",)  # behind `SMALL`: one shape, for a short time
+STEADY = (*TIMED, "measure.processes=3", "measure.min_runs=100")  # long enough to be compared with another measurement
 
 
 class Silent:

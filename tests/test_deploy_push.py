@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,15 @@ name = sys.argv[1]
 model, tokenizer = ORTModelForSequenceClassification.from_pretrained(name), AutoTokenizer.from_pretrained(name)
 print(pipeline("text-classification", model=model, tokenizer=tokenizer)("a great film")[0])
 """
+
+
+@pytest.fixture(scope="module")
+def noted(ran: Outcome, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run with all notes beside its tokenizer: transformers, which takes seconds to import, is not needed to write them."""
+    out = tmp_path_factory.mktemp("noted") / "out"
+    shutil.copytree(ran.out, out, ignore=shutil.ignore_patterns(".lock"))
+    (out / "fp32" / "special_tokens_map.json").write_text("{}")
+    return out
 
 
 @pytest.fixture
@@ -57,9 +67,9 @@ def test_a_pushed_folder_is_a_private_repository_that_loads_by_its_name(ran: Out
 
 
 @pytest.mark.parametrize("token", ["hf_wrong", ""])
-def test_a_refused_push_says_why_and_leaves_the_folder(token: str, ran: Outcome, hub: Hub, tmp_path: Path) -> None:
+def test_a_refused_push_says_why_and_leaves_the_folder(token: str, noted: Path, hub: Hub, tmp_path: Path) -> None:
     env = {**hub.env(tmp_path / "home"), "HF_TOKEN": token}
-    done = command("deploy", ran.out, "--target", "fp32", "--to", "hf", "--out", "mine", "--push", "alice/x", cwd=tmp_path, env=env)
+    done = command("deploy", noted, "--target", "fp32", "--to", "hf", "--out", "mine", "--push", "alice/x", cwd=tmp_path, env=env)
     assert done.returncode == 1
     assert "--push alice/x: the Hub did not take it: " in done.stderr
     assert "401" in done.stderr
@@ -68,21 +78,21 @@ def test_a_refused_push_says_why_and_leaves_the_folder(token: str, ran: Outcome,
     assert hub.repos == {}
 
 
-def test_what_cannot_be_pushed_is_told_before_anything_is_written(ran: Outcome, tmp_path: Path) -> None:
+def test_what_cannot_be_pushed_is_told_before_anything_is_written(noted: Path, tmp_path: Path) -> None:
     for words, message in (
         (("--to", "folder", "--push", "alice/x"), "--push goes with --to hf"),
         (("--to", "hf", "--push", "alice/x/y"), "--push alice/x/y: is no name of a repository"),
     ):
-        done = command("deploy", ran.out, "--target", "fp32", *words, "--out", "mine", cwd=tmp_path)
+        done = command("deploy", noted, "--target", "fp32", *words, "--out", "mine", cwd=tmp_path)
         assert done.returncode == 2
         assert message in done.stderr
         assert not (tmp_path / "mine").exists()
 
 
-def test_a_hub_that_is_not_there(ran: Outcome, tmp_path: Path) -> None:
+def test_a_hub_that_is_not_there(noted: Path, tmp_path: Path) -> None:
     with running() as gone:
         env = gone.env(tmp_path / "home")
-    done = command("deploy", ran.out, "--target", "fp32", "--to", "hf", "--out", "mine", "--push", "alice/x", cwd=tmp_path, env=env)
+    done = command("deploy", noted, "--target", "fp32", "--to", "hf", "--out", "mine", "--push", "alice/x", cwd=tmp_path, env=env)
     assert done.returncode == 1
     assert "--push alice/x: the Hub did not take it: " in done.stderr
     assert "Traceback" not in done.stderr

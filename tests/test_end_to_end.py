@@ -31,9 +31,9 @@ from onnxsqueeze.store import Store
 from onnxsqueeze.tasks.open import open_task
 from onnxsqueeze.tasks.settings import TaskSettings
 from onnxsqueeze.tokens import Encoder, pad
-from runs import RECIPES, Silent, command, run, small
+from runs import RECIPES, TIMED, Silent, command, run, small
 
-WHOLE = (*small("qdp"), "measure.task_lengths=true", "measure.profile=true")
+WHOLE = (*small("qdp"), *TIMED, "measure.task_lengths=true", "measure.profile=true")
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,12 @@ def test_the_record_proves_what_ran(qdp: tuple[Outcome, list[str]]) -> None:
 
 @pytest.mark.full
 def test_a_load_is_put_on_every_target_that_asks_for_it(place: Path) -> None:
-    overrides = [*small("q"), "measure.load={seconds: 0.2, batch: 8, bound_ms: 50}", "measure.sweep={batch: [1, 4], sequence: [16]}"]
+    overrides = [
+        *small("q"),
+        *TIMED,
+        "measure.load={seconds: 0.2, batch: 8, bound_ms: 50}",
+        "measure.sweep={batch: [1, 4], sequence: [16]}",
+    ]
     outcome, _ = run("q", place / "load", model=place / "model", store=place / "store", overrides=overrides)
     for target in outcome.results.targets:
         assert target.load is not None
@@ -272,7 +277,7 @@ def test_a_target_is_compared_with_the_one_that_holds_the_file_it_was_made_from(
     base = "  - {name: fp32, after: finetune, baseline: true, stages: [{kind: export}]}\n  - {name: student, stages: [{kind: export}]}\n"
     int8 = "  - {name: int8, stages: [{kind: export}, {kind: quantize-dynamic}]}\n"
     later = "  - {name: packed, stages: [{kind: export}, {kind: quantize-dynamic}, {kind: pack}]}\n"
-    again = {"model": place / "model", "store": place / "store", "overrides": small("")}
+    again = {"model": place / "model", "store": place / "store", "overrides": [*small(""), *TIMED]}
     outcome, _ = run(recipe(tmp_path, stages, base + int8), tmp_path / "out", **again)  # type: ignore[arg-type]  # keywords as a mapping
     found = targets(outcome)
     versus = found["int8"].vs_parent
@@ -297,7 +302,7 @@ def test_a_target_is_compared_with_the_one_that_holds_the_file_it_was_made_from(
 def test_latency_can_be_left_out_and_a_gate_on_it_is_then_refused(place: Path, tmp_path: Path) -> None:
     stages = "  - {kind: distill, layers: 1, epochs: 1}\n"
     rows = "  - {name: fp32, after: finetune, baseline: true, stages: [{kind: export}]}\n  - {name: small, stages: [{kind: export}]}\n"
-    again = {"model": place / "model", "store": place / "store", "overrides": [*small(""), "measure.latency=false"]}
+    again = {"model": place / "model", "store": place / "store", "overrides": small("")}
     outcome, _ = run(recipe(tmp_path, stages, f"{rows}gates: {{min_size_ratio: 1.01}}\n"), tmp_path / "out", **again)  # type: ignore[arg-type]
     assert outcome.exit_code == 0, outcome.problems
     found = targets(outcome)["small"]
@@ -311,7 +316,7 @@ def test_latency_can_be_left_out_and_a_gate_on_it_is_then_refused(place: Path, t
 def test_what_stands_above_a_finished_stage_may_be_gone_until_something_else_needs_it(place: Path, tmp_path: Path) -> None:
     stages = "  - {kind: distill, layers: 1, epochs: 1}\n  - {kind: prune-positions}\n"
     rows = "  - {name: fp32, after: finetune, baseline: true, stages: [{kind: export}]}\n  - {name: small, stages: [{kind: export}]}\n"
-    again = {"model": place / "model", "store": tmp_path / "store", "overrides": [*small(""), "measure.latency=false"]}
+    again = {"model": place / "model", "store": tmp_path / "store", "overrides": small("")}
     first, _ = run(recipe(tmp_path, stages, rows), tmp_path / "out", **again)  # type: ignore[arg-type]  # keywords as a mapping
     distilled = next(stage for stage in targets(first)["small"].stages if stage.kind == "distill")
     shutil.rmtree(tmp_path / "store" / "artifacts" / distilled.key / "files")
@@ -355,7 +360,7 @@ def test_no_stage_opens_the_dev_file(place: Path, tmp_path: Path) -> None:
             told_before.append(list(watcher.lines))
 
     sys.addaudithook(watch)
-    overrides = ["task.max_length=32", "measure={sequence: 16, shapes: [], processes: 2, min_runs: 20, min_seconds: 0}"]
+    overrides = ["task.max_length=32", "measure={sequence: 16, latency: false}"]
     try:
         _, lines = run(recipe, tmp_path / "out", model=place / "model", store=place / "store", overrides=overrides, watcher=watcher)
     finally:
@@ -446,7 +451,7 @@ def test_other_columns_of_the_same_dev_file_are_measured_anew(place: Path, tmp_p
             tmp_path / "out",
             model=model,
             store=tmp_path / "store",
-            overrides=["task.max_length=32", "measure={sequence: 16, shapes: [], processes: 2, min_runs: 20, min_seconds: 0}"],
+            overrides=["task.max_length=32", "measure={sequence: 16, latency: false}"],
         )
         said.append([line for line in lines if "accuracy on" in line])
     assert [len(lines) for lines in said] == [1, 1]

@@ -17,7 +17,7 @@ from onnxsqueeze.errors import ModelError
 from onnxsqueeze.inspection import inspect
 from onnxsqueeze.pipeline import Outcome
 from onnxsqueeze.recipe import load
-from runs import RECIPES, command, small
+from runs import STEADY, command, small
 
 
 def test_it_shows_signature_operators_digests_and_provenance(ran: Outcome) -> None:
@@ -49,7 +49,7 @@ def test_the_recipe_that_it_prints_is_the_one_that_was_run(ran: Outcome, tmp_pat
     done = command("inspect", ran.out / "fp32" / "model.onnx", "--recipe", cwd=tmp_path)
     (tmp_path / "back.yaml").write_text(done.stdout)
     assert command("check", "back.yaml", cwd=tmp_path).returncode == 0
-    assert load(tmp_path / "back.yaml").recipe == load(RECIPES / "q.yaml", [*small("q"), "model=tiny"]).recipe
+    assert load(tmp_path / "back.yaml").recipe == load(ran.out.parent / "q.yaml", [*small("q"), *STEADY, "model=tiny"]).recipe
 
 
 def test_files_that_are_no_onnx_are_told(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from onnxsqueeze.deploy.card import folder_readme, model_card
 from onnxsqueeze.deploy.source import Source
 from onnxsqueeze.errors import ModelError, UsageError, nearest, without_paths
 from onnxsqueeze.nn.checkpoint import read_config
+from onnxsqueeze.nn.family import FAMILIES
 from onnxsqueeze.output import whole
 from onnxsqueeze.results import RESULTS_FILE
 
@@ -112,10 +113,8 @@ def _config(source: Source) -> bytes:
 
 
 def _require_known_type(source: Source) -> None:
-    from transformers import CONFIG_MAPPING
-
     kind = read_config(source.folder)["model_type"]
-    if kind not in CONFIG_MAPPING:
+    if kind not in FAMILIES:  # each of these is one of transformers' own; to ask it would take five seconds
         raise ModelError(
             f"{source.target.name}: `--to hf`: transformers has no model of type {kind!r}, so nothing of Hugging Face's could load it",
             remedy="use `--to folder`: it loads in a plain ONNX Runtime session",
