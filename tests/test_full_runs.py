@@ -13,16 +13,11 @@ import pytest
 from models import random_checkpoint
 from onnxsqueeze.recipe import load
 from onnxsqueeze.results import read_results
+from onnxsqueeze.tasks.toy import LABELS, toy_rows
 from runs import RECIPES, ROOT, SMALL, run
+from test_embedding import pairs
 
 pytestmark = pytest.mark.full
-
-LITTLE = (
-    "task.train_rows=320",
-    "task.max_length=48",
-    "measure={sequence: 32, shapes: [], processes: 2, min_runs: 20, min_seconds: 0, task_lengths: false}",
-)
-
 
 # quantize-auto quantizes MiniLM forty times, neural-compressor may try thirty configurations, half a minute each; two modules, one trial and few rows show as much of a recipe
 FEWER = {
@@ -32,12 +27,25 @@ FEWER = {
         "targets.inc-tuned.stages.quantize-inc.max_drop_pp=100",
         *(f"targets.inc-{name}.stages.quantize-inc.samples=8" for name in ("static", "qdq", "smooth", "tuned")),
         "targets.vocabulary-4.stages.quantize-weights.block_size=16",
-        "measure.latency=false",
-    ]
+    ],
+    "fastest": [f"targets.{name}.stages.optimize-graph.tune=false" for name in ("int8", "fastest")],  # minutes; its own test tunes
 }
 
 
-BY_ROW = ("early-exit", "drop-tokens")  # the time of a call depends on the row
+TIMED = ("qdp", "embed", "early-exit", "drop-tokens")  # of the last two the time of a call depends on the row
+
+
+def few_rows(place: Path, *, scores: bool) -> list[str]:
+    """Overrides that put files of 800 generated rows to train on and 120 dev rows in the place of a recipe's task."""
+    for name, seed, n in (("train", 1, 800), ("dev", 2, 120)):
+        if scores:
+            held = [{"text": row.text, "other": row.text_pair, "label": row.label} for row in pairs(n, seed).rows]
+        else:
+            held = [{"text": row.text, "label": LABELS[int(row.label)]} for row in toy_rows(n, seed)]
+        (place / f"{name}-{scores}.jsonl").write_text("\n".join(map(json.dumps, held)), encoding="utf-8")
+    about = "text_pair: other, metric: [spearman, pearson], compare: cosine" if scores else f"labels: [{', '.join(LABELS)}]"
+    files = f"train: {place / f'train-{scores}.jsonl'}, dev: {place / f'dev-{scores}.jsonl'}"
+    return [f"task={{{files}, {about}, max_length: 48, train_rows: 320}}"]
 
 
 def one_epoch(file: Path) -> list[str]:
@@ -54,11 +62,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("file", sorted(RECIPES.rglob("*.yaml")), ids=lambda file: file.stem)
 def test_every_recipe_runs_on_the_real_model(file: Path, place: Path) -> None:
-    if "stsb" in file.read_text(encoding="utf-8") and not os.environ.get("ONNXSQUEEZE_GLUE_DIR"):
-        pytest.skip("ONNXSQUEEZE_GLUE_DIR does not name GLUE's files")
-    overrides = [*LITTLE, *one_epoch(file), *FEWER.get(file.stem, ())]
-    if file.parent.name == "methods" and file.stem not in BY_ROW:
-        overrides.append("measure.latency=false")  # timing is shown by the others
+    timed = str(file.stem in TIMED).lower()
+    overrides = [
+        *few_rows(place, scores=file.stem == "embed"),
+        *one_epoch(file),
+        f"measure={{sequence: 32, shapes: [], processes: 2, min_runs: 20, min_seconds: 0, task_lengths: false, latency: {timed}}}",
+        *FEWER.get(file.stem, ()),
+    ]
     model = Path("minilm")
     if file.stem == "quantization":  # 22 targets: too long on MiniLM
         model = random_checkpoint(place / "small", "bert", layers=2, head=False)

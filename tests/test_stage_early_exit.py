@@ -15,13 +15,12 @@ from onnx import TensorProto, helper
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from models import FAMILIES, FamilyName, random_checkpoint, run_stage, toy_context, toy_rows, toy_task
+from models import FAMILIES, random_checkpoint, run_stage, toy_context, toy_rows, toy_task
 from onnxsqueeze import graph
 from onnxsqueeze.branches import branch
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.nn import checkpoint, exits, structure
 from onnxsqueeze.nn.batches import encode
-from onnxsqueeze.stage import Context
 from onnxsqueeze.stages.branch_exits import BranchExits
 from onnxsqueeze.stages.distill import Distill
 from onnxsqueeze.stages.early_exit import EarlyExit
@@ -74,23 +73,27 @@ def by_hand(outputs: list[NDArray[np.float32]], threshold: float) -> NDArray[np.
     return found
 
 
-def chain(folder: Path, *stages: Any, context: Context | None = None) -> Path:
-    """Stages one after the other, from an export on."""
-    place = folder
+@pytest.fixture(scope="module", params=FAMILIES)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A random model with two exits, and what the stage changed."""
+    folder = tmp_path_factory.mktemp(request.param)
+    parent = random_checkpoint(folder / "parent", request.param, layers=4)
+    return run_stage(QUICK, parent, folder, teacher=parent)
+
+
+def chain(folder: Path, *stages: Any, place: Path | None = None) -> Path:
+    """Stages one after the other, from an export on, in folders of ``place`` (that of ``folder``)."""
+    here = folder
     for i, stage in enumerate(stages):
-        place, _ = run_stage(
-            stage, place, folder.parent / f"{folder.name}-{i}", context=context or toy_context(folder.parent / f"{folder.name}-{i}")
-        )
-    return place
+        here, _ = run_stage(stage, here, (place or folder.parent) / f"{folder.name}-{i}")
+    return here
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_exits_are_in_the_file_reload_and_are_outputs_of_the_export(tmp_path: Path, name: FamilyName) -> None:
-    parent = random_checkpoint(tmp_path / "parent", name, layers=4)
-    out, changed = run_stage(QUICK, parent, tmp_path, teacher=parent)
+def test_exits_are_in_the_file_reload_and_are_outputs_of_the_export(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    out, changed = trained
     model, family = checkpoint.load(out, toy_task())
     stored = load_file(out / "model.safetensors")
-    exported = chain(out, Export())
+    exported = chain(out, Export(), place=tmp_path)
     outputs = [name for name, (side, _) in graph.signature(exported / "model.onnx").items() if side == "output"]
     said = exits.predict(model, family, encode(out, toy_rows(20, seed=7), 32))
 
@@ -102,11 +105,9 @@ def test_exits_are_in_the_file_reload_and_are_outputs_of_the_export(tmp_path: Pa
         np.testing.assert_allclose(own, its, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_row_gets_the_logits_of_the_first_exit_that_is_sure_alone_and_in_a_batch(tmp_path: Path, name: FamilyName) -> None:
-    parent = random_checkpoint(tmp_path / "parent", name, layers=4)
-    out, _ = run_stage(QUICK, parent, tmp_path, teacher=parent)
-    exported = chain(out, Export(), OptimizeGraph())
+def test_every_row_gets_the_logits_of_the_first_exit_that_is_sure_alone_and_in_a_batch(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    out, _ = trained
+    exported = chain(out, Export(), OptimizeGraph(), place=tmp_path)
     whole = session(exported)
     feed = batch(out, 12)
     outputs = ask(whole, feed)
@@ -128,11 +129,9 @@ def test_every_row_gets_the_logits_of_the_first_exit_that_is_sure_alone_and_in_a
             )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_an_int8_file_says_alone_what_its_parts_say(tmp_path: Path, name: FamilyName) -> None:
-    parent = random_checkpoint(tmp_path / "parent", name, layers=4)
-    out, _ = run_stage(QUICK, parent, tmp_path, teacher=parent)
-    quantized = chain(out, Export(), QuantizeDynamic(), OptimizeGraph(max_drop_pp=100))
+def test_an_int8_file_says_alone_what_its_parts_say(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    out, _ = trained
+    quantized = chain(out, Export(), QuantizeDynamic(), OptimizeGraph(max_drop_pp=100), place=tmp_path)
     branched, changed = run_stage(BranchExits(threshold=0.6), quantized, tmp_path / "branched")
     whole, running = session(quantized), session(branched)
 

@@ -33,6 +33,12 @@ from onnxsqueeze.stages.quantize_static import QuantizeStatic
 from onnxsqueeze.stages.quantize_weights import QuantizeWeights
 
 
+@pytest.fixture(scope="module", params=FAMILIES)
+def every(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Context]:
+    """`sparse` of each family."""
+    return sparse(tmp_path_factory.mktemp(request.param), request.param)
+
+
 def sparse(folder: Path, name: FamilyName, zeros: float = 0.7) -> tuple[Artifact, Context]:
     """A random model, most of whose weights are zero, as exported, and the context it was exported in."""
     checkpoint = random_checkpoint(folder / "checkpoint", name, hidden=64)
@@ -65,10 +71,9 @@ FORMS: dict[str, list[Stage]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("form", FORMS)
-def test_a_session_folds_a_packed_file_into_its_parent(tmp_path: Path, family: FamilyName, form: str) -> None:
-    parent, context = sparse(tmp_path, family)
+def test_a_session_folds_a_packed_file_into_its_parent(tmp_path: Path, every: tuple[Artifact, Context], form: str) -> None:
+    parent, context = every
     for i, stage in enumerate(FORMS[form]):
         parent, _ = build(stage, parent, tmp_path / str(i), context)
     packed, changed = build(Pack(), parent, tmp_path / "packed", context)
