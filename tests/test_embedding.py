@@ -38,7 +38,7 @@ from onnxsqueeze.tasks.metrics import primary, said
 from onnxsqueeze.tasks.rows import UNLABELLED, Row, SplitRows, TaskInfo, as_read
 from onnxsqueeze.tasks.settings import TaskSettings
 from onnxsqueeze.verify import verify
-from runs import RECIPES, SMALL, run
+from runs import RECIPES, SMALL, TIMED, run
 
 TASK = TaskInfo("pairs", (), ("spearman", "pearson"), "spearman", 32, compare="cosine")
 QUICK = {"epochs": 1, "batch_size": 16, "precision": "fp32"}
@@ -210,6 +210,7 @@ def test_embed_from_pairs_to_a_verified_file(tmp_path: Path) -> None:
     recipe.write_text((RECIPES / "embed.yaml").read_text().replace("{name: stsb, compare: cosine}", own), encoding="utf-8")
     overrides = [
         *(one for one in SMALL if one.startswith("measure")),
+        *TIMED,
         "stages.distill.epochs=1",
         "stages.distill.layers=1",
         "measure.task_lengths=true",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from onnxsqueeze.pipeline import Outcome
 from onnxsqueeze.results import Target
 from onnxsqueeze.verify import verify
 from pythons import environment
-from runs import SMALL, Silent, run
+from runs import SMALL, TIMED, Silent, run
 
 RECIPE = """
 schema: 1
@@ -43,10 +44,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_on(backends: Backends, place: Path, out: Path, text: str = RECIPE, require: tuple[str, ...] = ()) -> tuple[Outcome, list[str]]:
+def run_on(
+    backends: Backends, place: Path, out: Path, text: str = RECIPE, require: tuple[str, ...] = (), more: Sequence[str] = ()
+) -> tuple[Outcome, list[str]]:
     recipe = out.parent / "elsewhere.yaml"
     recipe.write_text(text, encoding="utf-8")
-    sets = [word for word in SMALL if "finetune" not in word]
+    sets = [*(word for word in SMALL if "finetune" not in word), *more]
     return run(recipe, out, model=place / "model", store=place / "store", overrides=sets, backends=backends, require=require)
 
 
@@ -56,21 +59,21 @@ def rows(outcome: Outcome) -> dict[str, Target]:
 
 @pytest.mark.full
 def test_the_record_and_the_store_know_the_runtime_that_measured_a_row(place: Path, tmp_path: Path) -> None:
-    here, _ = run_on(Backends(), place, tmp_path / "here")
+    here, _ = run_on(Backends(), place, tmp_path / "here", more=TIMED)
     assert rows(here)["int8"].runtime == f"onnxruntime {ort.__version__}"
     python = environment(tmp_path / "other", packages=True)
     (site,) = (tmp_path / "other").glob("lib/python*/site-packages")
     (site / "onnxruntime_gpu-9.9.dist-info").mkdir()  # only that Python has it
     (site / "onnxruntime_gpu-9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 9.9\n")
     there = Backends({"cpu": str(python)})
-    outcome, lines = run_on(there, place, tmp_path / "there")
+    outcome, lines = run_on(there, place, tmp_path / "there", more=TIMED)
 
     assert rows(outcome)["int8"].runtime == f"onnxruntime {ort.__version__} and onnxruntime-gpu 9.9"
     assert any(line.startswith("latency on cpu") for line in lines), "another runtime is measured anew"
     text = (outcome.out / "results.json").read_text(encoding="utf-8")
     assert "--python cpu=python" in outcome.results.command
     assert str(tmp_path) not in text
-    _, again = run_on(there, place, tmp_path / "there")
+    _, again = run_on(there, place, tmp_path / "there", more=TIMED)
     assert not any(line.startswith("latency on cpu") for line in again)
     found = {f.what: f for f in verify(outcome.out / "int8", data_dir=None, progress=Silent(), backends=there, reader=lambda: None)}
     assert found["outputs"].passed
@@ -120,7 +123,7 @@ def test_rows_of_openvino_are_measured_in_an_environment_of_its_own(place: Path,
     python = tmp_path / "ov" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "ov"], check=True)
     subprocess.run([python, "-m", "pip", "install", "-q", "numpy", "onnxruntime-openvino==1.24.1"], check=True, timeout=300)
-    outcome, _ = run_on(Backends({"openvino": str(python)}), place, tmp_path / "out", RECIPE + OPENVINO, require=("openvino",))
+    outcome, _ = run_on(Backends({"openvino": str(python)}), place, tmp_path / "out", RECIPE + OPENVINO, require=("openvino",), more=TIMED)
 
     assert outcome.exit_code == 0, outcome.problems
     found = rows(outcome)
