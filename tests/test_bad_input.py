@@ -14,7 +14,7 @@ import pytest
 
 from models import random_checkpoint
 from onnxsqueeze.store import Store
-from runs import RECIPES, command, small, start_words
+from runs import RECIPES, Command, command, small, start_words
 
 SST2 = "sentence\tlabel\n" + "".join(f"a {word} film number {i}\t{i % 2}\n" for i, word in enumerate(["fine", "dull"] * 300))
 
@@ -43,32 +43,32 @@ def complain(done: subprocess.CompletedProcess[str], code: int, *words: str) -> 
     assert done.stderr.count("error:") == 1, done.stderr
 
 
-def test_a_recipe_with_typos_and_wrong_types(tmp_path: Path) -> None:
+def test_a_recipe_with_typos_and_wrong_types(onnxsqueeze: Command, tmp_path: Path) -> None:
     recipe = tmp_path / "a.yaml"
     recipe.write_text((RECIPES / "qdp.yaml").read_text().replace("share: 0.6", "shere: 0.6").replace("layers: 4", "layers: [a]"))
     for words in (("run", "a.yaml"), ("check", "a.yaml")):
-        complain(command(*words, cwd=tmp_path), 2, "a.yaml:", "unknown key 'shere'; did you mean 'share'?", "got 'a'")
+        complain(onnxsqueeze(*words, cwd=tmp_path), 2, "a.yaml:", "unknown key 'shere'; did you mean 'share'?", "got 'a'")
 
 
 def test_a_missing_recipe(tmp_path: Path) -> None:
     complain(command("run", "qdq.yaml", cwd=tmp_path), 2, "recipe qdq.yaml: there is no such file", "remedy: name a recipe file")
 
 
-def test_stages_in_an_impossible_order(tmp_path: Path) -> None:
+def test_stages_in_an_impossible_order(onnxsqueeze: Command, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(
         "schema: 1\nname: a\ntask: toy\ntargets: [{name: x, stages: [{kind: quantize-dynamic}, {kind: export}]}]\n"
     )
     complain(
-        command("run", "a.yaml", cwd=tmp_path),
+        onnxsqueeze("run", "a.yaml", cwd=tmp_path),
         2,
         "a.yaml:4: targets[0].stages[0]: quantize-dynamic takes a float32 .onnx",
         "add {kind: export} before it",
     )
 
 
-def test_an_export_of_a_model_without_a_head(tmp_path: Path, model: Path) -> None:
+def test_an_export_of_a_model_without_a_head(onnxsqueeze: Command, tmp_path: Path, model: Path) -> None:
     (tmp_path / "a.yaml").write_text("schema: 1\nname: a\ntask: toy\ntargets: [{name: x, stages: [{kind: export}]}]\n")
-    complain(command("run", "a.yaml", "--model", model, cwd=tmp_path), 2, "a.yaml:4", "has no trained head; put {kind: finetune} above")
+    complain(onnxsqueeze("run", "a.yaml", "--model", model, cwd=tmp_path), 2, "a.yaml:4", "has no trained head; put {kind: finetune} above")
 
 
 @pytest.mark.parametrize(
@@ -118,16 +118,16 @@ def test_an_export_of_a_model_without_a_head(tmp_path: Path, model: Path) -> Non
     ],
 )
 def test_what_does_not_fit_the_model_is_found_before_anything_is_made(
-    tmp_path: Path, model: Path, own_store: Path, text: str, words: tuple[str, ...]
+    onnxsqueeze: Command, tmp_path: Path, model: Path, own_store: Path, text: str, words: tuple[str, ...]
 ) -> None:
     (tmp_path / "latin1.txt").write_bytes(b"plain\ncaf\xe9\n")
     (tmp_path / "a.yaml").write_text(f"schema: 1\nname: a\ntask: {{name: toy, max_length: 32}}\n{text}\n")
-    complain(command("run", "a.yaml", "--model", model, cwd=tmp_path), 2, *words)
+    complain(onnxsqueeze("run", "a.yaml", "--model", model, cwd=tmp_path), 2, *words)
     assert not own_store.exists() or not list((own_store / "artifacts").iterdir())
 
 
-def test_an_unknown_task(tmp_path: Path) -> None:
-    complain(command("run", RECIPES / "q.yaml", "--task", "sst3", cwd=tmp_path), 2, "unknown task 'sst3'; did you mean 'sst2'?")
+def test_an_unknown_task(onnxsqueeze: Command, tmp_path: Path) -> None:
+    complain(onnxsqueeze("run", RECIPES / "q.yaml", "--task", "sst3", cwd=tmp_path), 2, "unknown task 'sst3'; did you mean 'sst2'?")
 
 
 def test_a_task_without_data_says_how_to_get_it(tmp_path: Path, model: Path) -> None:
@@ -135,79 +135,85 @@ def test_a_task_without_data_says_how_to_get_it(tmp_path: Path, model: Path) -> 
     complain(command("run", RECIPES / "q.yaml", "--task", "sst2", "--model", model, cwd=tmp_path, env=env), 2, "sst2", "--data-dir")
 
 
-def test_a_corrupt_tsv_names_the_line(tmp_path: Path, model: Path, glue: Path) -> None:
+def test_a_corrupt_tsv_names_the_line(onnxsqueeze: Command, tmp_path: Path, model: Path, glue: Path) -> None:
     (glue / "SST-2" / "train.tsv").write_text(SST2 + "a line with three fields\t1\tmore\n")
     complain(
-        command("run", RECIPES / "q.yaml", "--task", "sst2", "--data-dir", glue, "--model", model, cwd=tmp_path),
+        onnxsqueeze("run", RECIPES / "q.yaml", "--task", "sst2", "--data-dir", glue, "--model", model, cwd=tmp_path),
         2,
         "train.tsv:602",
         "remedy:",
     )
 
 
-def test_a_truncated_tsv_names_the_line(tmp_path: Path, model: Path, glue: Path) -> None:
+def test_a_truncated_tsv_names_the_line(onnxsqueeze: Command, tmp_path: Path, model: Path, glue: Path) -> None:
     (glue / "SST-2" / "train.tsv").write_text(SST2 + "a good fi")
     complain(
-        command("run", RECIPES / "q.yaml", "--task", "sst2", "--data-dir", glue, "--model", model, cwd=tmp_path),
+        onnxsqueeze("run", RECIPES / "q.yaml", "--task", "sst2", "--data-dir", glue, "--model", model, cwd=tmp_path),
         2,
         "train.tsv:602",
         "remedy:",
     )
 
 
-def test_wrong_labels_name_what_is_allowed(tmp_path: Path, model: Path, glue: Path) -> None:
+def test_wrong_labels_name_what_is_allowed(onnxsqueeze: Command, tmp_path: Path, model: Path, glue: Path) -> None:
     (glue / "SST-2" / "train.tsv").write_text(SST2 + "a good film\t2\n")
     complain(
-        command("run", RECIPES / "q.yaml", "--task", "sst2", "--data-dir", glue, "--model", model, cwd=tmp_path), 2, "train.tsv:602", "'2'"
+        onnxsqueeze("run", RECIPES / "q.yaml", "--task", "sst2", "--data-dir", glue, "--model", model, cwd=tmp_path),
+        2,
+        "train.tsv:602",
+        "'2'",
     )
 
 
 def test_a_corrupt_dev_file_is_found_when_measuring_and_the_stages_are_kept(
-    tmp_path: Path, model: Path, glue: Path, own_store: Path
+    onnxsqueeze: Command, tmp_path: Path, model: Path, glue: Path, own_store: Path
 ) -> None:
     (glue / "SST-2" / "dev.tsv").write_text(SST2 + "a good film\n")
     complain(
-        command("run", RECIPES / "none.yaml", "--task", "sst2", "--data-dir", glue, "--model", model, *sets("none"), cwd=tmp_path),
+        onnxsqueeze("run", RECIPES / "none.yaml", "--task", "sst2", "--data-dir", glue, "--model", model, *sets("none"), cwd=tmp_path),
         2,
         "dev.tsv:602",
     )
     assert len(list((own_store / "artifacts").iterdir())) == 2
 
 
-def test_a_model_folder_without_weights(tmp_path: Path, model: Path) -> None:
+def test_a_model_folder_without_weights(onnxsqueeze: Command, tmp_path: Path, model: Path) -> None:
     shutil.copytree(model, tmp_path / "empty")
     (tmp_path / "empty" / "model.safetensors").unlink()
     complain(
-        command("run", RECIPES / "q.yaml", "--model", "./empty", cwd=tmp_path), 2, "model folder empty: has no weights", "save_pretrained"
+        onnxsqueeze("run", RECIPES / "q.yaml", "--model", "./empty", cwd=tmp_path),
+        2,
+        "model folder empty: has no weights",
+        "save_pretrained",
     )
 
 
-def test_a_truncated_model_file(tmp_path: Path, model: Path) -> None:
+def test_a_truncated_model_file(onnxsqueeze: Command, tmp_path: Path, model: Path) -> None:
     shutil.copytree(model, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    complain(command("run", RECIPES / "q.yaml", "--model", "./cut", cwd=tmp_path), 2, "model.safetensors", "remedy:")
+    complain(onnxsqueeze("run", RECIPES / "q.yaml", "--model", "./cut", cwd=tmp_path), 2, "model.safetensors", "remedy:")
 
 
-def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path, model: Path) -> None:
+def test_an_unknown_architecture_is_refused_by_name(onnxsqueeze: Command, tmp_path: Path, model: Path) -> None:
     shutil.copytree(model, tmp_path / "t5")
     config = tmp_path / "t5" / "config.json"
     config.write_text(config.read_text().replace('"bert"', '"t5"'))
-    complain(command("run", RECIPES / "q.yaml", "--model", "./t5", cwd=tmp_path), 2, "t5", "bert")
+    complain(onnxsqueeze("run", RECIPES / "q.yaml", "--model", "./t5", cwd=tmp_path), 2, "t5", "bert")
 
 
-def test_an_unknown_model_name(tmp_path: Path) -> None:
+def test_an_unknown_model_name(onnxsqueeze: Command, tmp_path: Path) -> None:
     complain(
-        command("run", RECIPES / "q.yaml", "--model", "minlm", cwd=tmp_path),
+        onnxsqueeze("run", RECIPES / "q.yaml", "--model", "minlm", cwd=tmp_path),
         2,
         "model minlm: is neither a folder nor a known name; did you mean 'minilm'?",
     )
 
 
-def test_an_output_folder_that_is_a_file(tmp_path: Path, model: Path) -> None:
+def test_an_output_folder_that_is_a_file(onnxsqueeze: Command, tmp_path: Path, model: Path) -> None:
     (tmp_path / "out").touch()
     complain(
-        command("run", RECIPES / "q.yaml", "--model", model, "--out", "out", cwd=tmp_path),
+        onnxsqueeze("run", RECIPES / "q.yaml", "--model", model, "--out", "out", cwd=tmp_path),
         2,
         "output folder out: cannot be written to",
         "--out DIR",
@@ -229,10 +235,10 @@ def mounted(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_read_only_output_folder(tmp_path: Path, model: Path, mounted: Path, own_store: Path) -> None:
+def test_a_read_only_output_folder(onnxsqueeze: Command, tmp_path: Path, model: Path, mounted: Path, own_store: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", mounted], check=True)
     complain(
-        command("run", RECIPES / "q.yaml", "--model", model, "--out", mounted / "out", cwd=tmp_path),
+        onnxsqueeze("run", RECIPES / "q.yaml", "--model", model, "--out", mounted / "out", cwd=tmp_path),
         2,
         "cannot be written to: Read-only file system",
         "--out DIR",
@@ -284,10 +290,10 @@ def test_ctrl_c_is_one_line_and_loses_nothing(tmp_path: Path, model: Path, own_s
     assert not list((own_store / "drafts").iterdir())
 
 
-def test_a_report_of_something_that_is_no_run(tmp_path: Path) -> None:
-    complain(command("report", ".", cwd=tmp_path), 2, "results.json: cannot be read", "onnxsqueeze run")
+def test_a_report_of_something_that_is_no_run(onnxsqueeze: Command, tmp_path: Path) -> None:
+    complain(onnxsqueeze("report", ".", cwd=tmp_path), 2, "results.json: cannot be read", "onnxsqueeze run")
     (tmp_path / "results.json").write_text('{"schema": 1')
-    complain(command("report", "results.json", cwd=tmp_path), 2, "is not a record of schema 1")
+    complain(onnxsqueeze("report", "results.json", cwd=tmp_path), 2, "is not a record of schema 1")
 
 
 def test_the_store_of_these_tests_is_their_own(own_store: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from onnxsqueeze import config, prepare
 from onnxsqueeze.backends import Backends
 from onnxsqueeze.errors import RecipeError, UsageError
-from runs import RECIPES, command
+from runs import RECIPES, Command
 
 
 @pytest.fixture
@@ -85,12 +85,12 @@ def test_all_faults_of_the_file_are_told_at_once(own_config: Path) -> None:
         ("openvino=.venv", "is a folder; did you mean .venv/bin/python?"),
     ],
 )
-def test_a_bad_option_is_wrong_usage(option: str, message: str, tmp_path: Path) -> None:
+def test_a_bad_option_is_wrong_usage(onnxsqueeze: Command, option: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").touch()
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "python").touch()
     for words in (("run", RECIPES / "q.yaml", "--dry-run"), ("doctor",)):
-        done = command(*words, "--python", option, cwd=tmp_path)
+        done = onnxsqueeze(*words, "--python", option, cwd=tmp_path)
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr

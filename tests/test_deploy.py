@@ -28,7 +28,7 @@ from onnxsqueeze.recipe import load
 from onnxsqueeze.results import read_results
 from onnxsqueeze.tokens import Encoder, pad
 from onnxsqueeze.verify import Finding, verify
-from runs import command
+from runs import Command, command
 
 TEXTS = ["a great film , said the woman", "dull", "the plot was not good and the music was very old"]
 
@@ -196,8 +196,8 @@ def test_external_data_goes_along(ran: Outcome, tmp_path: Path) -> None:
     assert findings(tmp_path / "hub")["outputs"].passed
 
 
-def test_the_command_says_what_it_wrote_and_what_was_wrong(ran: Outcome, tmp_path: Path) -> None:
-    done = command("deploy", ran.out, "--target", "int8-ort", "--to", "folder", "--out", "a/b", cwd=tmp_path)
+def test_the_command_says_what_it_wrote_and_what_was_wrong(onnxsqueeze: Command, ran: Outcome, tmp_path: Path) -> None:
+    done = onnxsqueeze("deploy", ran.out, "--target", "int8-ort", "--to", "folder", "--out", "a/b", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("wrote a/b: README.md, config.json, golden.json, model.onnx, results.json, ")
     for words, message in (
@@ -205,7 +205,7 @@ def test_the_command_says_what_it_wrote_and_what_was_wrong(ran: Outcome, tmp_pat
         (("--target", "int8-ort", "--to", "huggingface", "--out", "c"), "--to huggingface: unknown kind of folder"),
         (("--target", "int8-ort", "--to", "folder", "--out", "a/b"), "--out a/b: is there already, and not empty"),
     ):
-        done = command("deploy", ran.out, *words, cwd=tmp_path)
+        done = onnxsqueeze("deploy", ran.out, *words, cwd=tmp_path)
         assert done.returncode == 2
         assert message in done.stderr
         assert not (tmp_path / "c").exists()

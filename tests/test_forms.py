@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +36,15 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return parent, build(QuantizeDynamic(), parent, folder / "int8", context)[0], context
 
 
+@cache
+def shaped(file: Path) -> onnx.ModelProto:
+    return forms.with_shapes(graph.load(file))
+
+
 def rewritten(
     parent: Artifact, folder: Path, names: Sequence[str], known: Mapping[str, forms.Range] | None = None
 ) -> tuple[Path, dict[str, int]]:
-    model = forms.read(graph.load(parent.onnx))
+    model = forms.opened(shaped(parent.onnx))
     counts: dict[str, int] = {}
     for form in forms.FORMS:
         if form.name in names:

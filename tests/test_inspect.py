@@ -17,13 +17,13 @@ from onnxsqueeze.errors import ModelError
 from onnxsqueeze.inspection import inspect
 from onnxsqueeze.pipeline import Outcome
 from onnxsqueeze.recipe import load
-from runs import STEADY, command, small
+from runs import STEADY, Command, small
 
 
-def test_it_shows_signature_operators_digests_and_provenance(ran: Outcome) -> None:
+def test_it_shows_signature_operators_digests_and_provenance(onnxsqueeze: Command, ran: Outcome) -> None:
     file = ran.out / "int8-ort" / "model.onnx"
     target = next(t for t in ran.results.targets if t.name == "int8-ort")
-    done = command("inspect", "int8-ort", cwd=ran.out)
+    done = onnxsqueeze("inspect", "int8-ort", cwd=ran.out)
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
     for part in (
@@ -45,14 +45,14 @@ def test_it_shows_signature_operators_digests_and_provenance(ran: Outcome) -> No
     assert found.operators == target.operators
 
 
-def test_the_recipe_that_it_prints_is_the_one_that_was_run(ran: Outcome, tmp_path: Path) -> None:
-    done = command("inspect", ran.out / "fp32" / "model.onnx", "--recipe", cwd=tmp_path)
+def test_the_recipe_that_it_prints_is_the_one_that_was_run(onnxsqueeze: Command, ran: Outcome, tmp_path: Path) -> None:
+    done = onnxsqueeze("inspect", ran.out / "fp32" / "model.onnx", "--recipe", cwd=tmp_path)
     (tmp_path / "back.yaml").write_text(done.stdout)
-    assert command("check", "back.yaml", cwd=tmp_path).returncode == 0
+    assert onnxsqueeze("check", "back.yaml", cwd=tmp_path).returncode == 0
     assert load(tmp_path / "back.yaml").recipe == load(ran.out.parent / "q.yaml", [*small("q"), *STEADY, "model=tiny"]).recipe
 
 
-def test_files_that_are_no_onnx_are_told(tmp_path: Path) -> None:
+def test_files_that_are_no_onnx_are_told(onnxsqueeze: Command, tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
     (tmp_path / "empty.onnx").write_bytes(b"")
     (tmp_path / "text.onnx").write_text("this is a page that says 404\n")
@@ -64,7 +64,7 @@ def test_files_that_are_no_onnx_are_told(tmp_path: Path) -> None:
         ("absent.onnx", "absent.onnx: cannot be read: No such file"),
         ("folder", "there is no model.onnx in this folder"),
     ):
-        done = command("inspect", name, cwd=tmp_path)
+        done = onnxsqueeze("inspect", name, cwd=tmp_path)
         assert done.returncode == 2
         assert message in done.stderr
         assert "remedy: " in done.stderr
@@ -91,13 +91,13 @@ def plain(folder: Path, location: str | None = None) -> Path:
     return folder / "plain.onnx"
 
 
-def test_a_file_without_provenance_is_shown_but_has_no_recipe(tmp_path: Path) -> None:
+def test_a_file_without_provenance_is_shown_but_has_no_recipe(onnxsqueeze: Command, tmp_path: Path) -> None:
     plain(tmp_path)
-    done = command("inspect", "plain.onnx", cwd=tmp_path)
+    done = onnxsqueeze("inspect", "plain.onnx", cwd=tmp_path)
     assert done.returncode == 0
     assert "provenance: none" in done.stdout
     assert "input      x float32 [n, 4]" in done.stdout
-    done = command("inspect", "plain.onnx", "--recipe", cwd=tmp_path)
+    done = onnxsqueeze("inspect", "plain.onnx", "--recipe", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
     assert "plain.onnx: carries no provenance of onnxsqueeze" in done.stderr

@@ -18,7 +18,7 @@ from onnxsqueeze import graph
 from onnxsqueeze.errors import DataError
 from onnxsqueeze.pipeline import Outcome
 from onnxsqueeze.verify import Finding, verify, verify_server
-from runs import command
+from runs import Command
 from servers import serving
 
 
@@ -67,7 +67,7 @@ def test_golden_sentences_are_generated_and_travel_with_the_model(ran: Outcome, 
     assert "latency" not in findings
 
 
-def test_a_file_changed_by_one_weight_is_named(copy: Path, tmp_path: Path) -> None:
+def test_a_file_changed_by_one_weight_is_named(onnxsqueeze: Command, copy: Path, tmp_path: Path) -> None:
     model = graph.load(copy / "model.onnx")
     weight = next(t for t in model.graph.initializer if t.name == "classifier.weight" or t.name.startswith("classifier.weight_quantized"))
     values = numpy_helper.to_array(weight).copy()
@@ -79,7 +79,7 @@ def test_a_file_changed_by_one_weight_is_named(copy: Path, tmp_path: Path) -> No
     assert "model.onnx: not what was measured" in files.text
     assert (outputs.what, outputs.passed) == ("outputs", False)
     shutil.move(copy, tmp_path / "alone")  # without a record, so that nothing is timed
-    shown = command("verify", tmp_path / "alone", cwd=tmp_path)
+    shown = onnxsqueeze("verify", tmp_path / "alone", cwd=tmp_path)
     assert shown.returncode == 1
     assert "FAILED files: model.onnx" in shown.stdout
 
@@ -104,9 +104,9 @@ def test_another_machines_latency_is_not_judged(copy: Path) -> None:
     assert "the record is of Another CPU" in finding.text
 
 
-def test_a_worse_score_than_recorded_is_told_with_exit_code_3(copy: Path) -> None:
+def test_a_worse_score_than_recorded_is_told_with_exit_code_3(onnxsqueeze: Command, copy: Path) -> None:
     edit(copy, metrics__validation__accuracy={"value": 0.99, "ci95": [0.98, 1.0], "n": 1000}, latency=None)
-    shown = command("verify", copy, cwd=copy)
+    shown = onnxsqueeze("verify", copy, cwd=copy)
     assert shown.returncode == 3
     assert "FAILED metric" in shown.stdout
     assert "recorded 0.9900" in " ".join(shown.stdout.split())
@@ -136,18 +136,18 @@ def test_a_server_of_the_measured_model_answers_and_scores_as_recorded(ran: Outc
     assert findings["latency"].passed, findings["latency"].text
 
 
-def test_a_server_of_another_model_is_found_out(ran: Outcome, served: str) -> None:
-    done = command("verify", served, "--record", ran.out / "fp32", cwd=ran.out)
+def test_a_server_of_another_model_is_found_out(onnxsqueeze: Command, ran: Outcome, served: str) -> None:
+    done = onnxsqueeze("verify", served, "--record", ran.out / "fp32", cwd=ran.out)
     assert done.returncode == 1
     assert "FAILED outputs" in done.stdout
     assert "ok     metric" in done.stdout, "int8 scores about the same: outputs alone tell them apart"
 
 
-def test_a_url_is_compared_with_a_folder_that_has_to_be_named(ran: Outcome) -> None:
-    alone = command("verify", "http://localhost:1", cwd=ran.out)
+def test_a_url_is_compared_with_a_folder_that_has_to_be_named(onnxsqueeze: Command, ran: Outcome) -> None:
+    alone = onnxsqueeze("verify", "http://localhost:1", cwd=ran.out)
     assert alone.returncode == 2
     assert "--record DIR" in alone.stderr
-    both = command("verify", ran.out / "fp32", "--record", ran.out / "fp32", cwd=ran.out)
+    both = onnxsqueeze("verify", ran.out / "fp32", "--record", ran.out / "fp32", cwd=ran.out)
     assert both.returncode == 2
     assert "goes with a URL" in both.stderr
 

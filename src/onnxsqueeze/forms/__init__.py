@@ -24,9 +24,9 @@ from onnxsqueeze.forms import (
     static_ranges,
     unfused_residual,
 )
-from onnxsqueeze.forms.edit import Range, note_ranges, read, write
+from onnxsqueeze.forms.edit import Range, note_ranges, opened, read, with_shapes, write
 
-__all__ = ["FORMS", "Effect", "Form", "Range", "note_ranges", "read", "write"]
+__all__ = ["FORMS", "Effect", "Form", "Range", "note_ranges", "opened", "read", "with_shapes", "write"]
 
 # What a form may do to the outputs: nothing at all; another order of float additions and products; other roundings to integers;
 # another choice of what is rounded to which integers; or there is nothing for it to do.

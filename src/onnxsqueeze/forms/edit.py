@@ -22,13 +22,16 @@ _FOLDED_ELEMENTS = 1 << 16  # constants are computed ahead up to this size: shap
 
 
 def read(model: onnx.ModelProto) -> ir.Model:
-    """``model`` with symbolic shapes on its values and every constant an initializer.
+    """``model`` with symbolic shapes on its values and every constant an initializer; see `with_shapes`, which takes most of the time."""
+    return opened(with_shapes(model))
+
+
+def with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of ``model`` with symbolic shapes of its values, for `opened`.
 
     Shapes are ONNX Runtime's (onnxruntime.tools.symbolic_shape_infer), or where it fails those of onnx.shape_inference, which knows fewer:
     forms then find fewer places.
     """
-    from onnx_ir.passes.common import LiftConstantsToInitializersPass
-
     plain = model.__class__.FromString(model.SerializeToString())
     hidden = _hide(plain)
     inferred = _with_shapes(plain)
@@ -37,7 +40,14 @@ def read(model: onnx.ModelProto) -> ir.Model:
             node.CopyFrom(hidden[node.output[0]])
         elif node.output[0].endswith(_STAND_IN):
             inferred.graph.node.remove(node)
-    found: ir.Model = ir.from_proto(inferred)
+    return inferred
+
+
+def opened(shaped: onnx.ModelProto) -> ir.Model:
+    """What `with_shapes` gave, to be changed by forms, with every constant an initializer; ``shaped`` stays as it is."""
+    from onnx_ir.passes.common import LiftConstantsToInitializersPass
+
+    found: ir.Model = ir.from_proto(shaped)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(found)
     return found
 

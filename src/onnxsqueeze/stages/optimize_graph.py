@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -21,6 +22,7 @@ from onnxsqueeze.stages import calibration, ranges, scoring
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx
     from numpy.typing import NDArray
 
     from onnxsqueeze.forms import Range
@@ -274,11 +276,17 @@ class _Workshop:
         form = next(form for form in FORMS if form.name == name)
         return form.quantized if self.quantized else form.effect
 
+    @cached_property
+    def _shaped(self) -> onnx.ModelProto:
+        from onnxsqueeze import forms
+
+        return forms.with_shapes(graph.load(self.parent.onnx))
+
     def apply(self, names: Sequence[FormName], folder: Path, fixed: Mapping[str, Range] | None = None) -> dict[str, int]:
         """Write the parent in these forms into ``folder``, with the ranges of static-ranges; places changed per form that found any."""
         from onnxsqueeze import forms
 
-        model = forms.read(graph.load(self.parent.onnx))
+        model = forms.opened(self._shaped)
         changed = {}
         for form in forms.FORMS:
             if form.name in (*names, *self.always):
