@@ -298,6 +298,14 @@ def _starts(values: int) -> tuple[int, ...]:
 
 def _turn_bytes(n: int, bits: int, *, more: bool) -> int:
     """Bytes of ``n`` codes and the operators that undo them."""
+    found = _beside_codes(bits, more)
+    for width in PLANES[bits]:
+        found -= -n * width // 8  # rounded up
+    return found
+
+
+@cache
+def _beside_codes(bits: int, more: bool) -> int:  # noqa: FBT001, cached by place
     planes = PLANES[bits]
     nodes = sum(0 if width == 8 else 3 for width in planes) + len(planes) - 1 + (1 if planes[0] == 4 < bits else 0) + (7 if more else 2)
-    return sum(-(-n * width // 8) + TENSOR_BYTES for width in planes) + TENSOR_BYTES + nodes * NODE_BYTES
+    return (len(planes) + 1) * TENSOR_BYTES + nodes * NODE_BYTES
