@@ -8,45 +8,47 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxsqueeze.graph import graphs, load
+from onnxsqueeze.graph import graphs
 from onnxsqueeze.weights import integer_values
 
 if TYPE_CHECKING:
+    import onnx
     from numpy.typing import NDArray
 
 _LOOKED_AT = 65_536  # values of a tensor, spread over it
 _ALL_DIFFERENT = 0.9  # of these: then there is nothing to gain, and no need to sort millions
 
 
-def entropy_bytes(path: Path) -> int:
+def entropy_bytes(path: Path, dense: onnx.ModelProto | None = None) -> int:
     """Bytes of all initializers of a file, each coded by how often its stored values occur, or as it is where that is less.
 
     The list of values counts. A matrix whose rows or columns have levels of their own (weights of few bits) is coded by their rank among these
     where that is less. Packed 4-bit weights count by the byte, those of `pack` as what they stand for.
+    ``dense`` is the same file as `packing.files.dense` gives it, where that is at hand.
     """
     from onnx import numpy_helper
 
     from onnxsqueeze.packing import files as packing
 
     total = 0.0
-    model = load(path)
-    packing.unpack(model)
-    for graph in graphs(model.graph):
+    for graph in graphs((dense or packing.dense(path)).graph):
         for tensor in graph.initializer:
             values: NDArray[Any] = numpy_helper.to_array(tensor)
             total += _coded(values) if values.dtype.kind in "fiub" else values.nbytes
     return round(total)
 
 
-def bound_bytes(path: Path) -> int | None:
+def bound_bytes(path: Path, dense: onnx.ModelProto | None = None) -> int | None:
     """What no coder goes below that knows of each integer weight how often its values occur: their order-0 entropy, zeros included, and the scales, in bytes.
 
     Scales and zero points count as they are, lists of values, floats and the graph not at all. Packed weights count as what they stand for.
-    None where no weight is stored as an integer.
+    None where no weight is stored as an integer. ``dense`` as above.
     """
     import numpy as np
 
-    tensors, scales = integer_values(path)
+    from onnxsqueeze.packing import files as packing
+
+    tensors, scales = integer_values(dense or packing.dense(path))
     if not tensors:
         return None
     total = float(scales)

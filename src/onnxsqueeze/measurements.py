@@ -106,14 +106,17 @@ class Measurements:
         kept = self.store.measurement("content", causes)  # also where fresh: counting again gives the same
         if kept is not None:
             return Content.model_validate_json(kept)
-        size = measure_size(artifact.path)
+        from onnxsqueeze.packing import files as packing
+
+        size, file = measure_size(artifact.path), artifact.onnx
+        dense = packing.dense(file)
         found = Content(
             **vars(size),
-            size_entropy_bytes=entropy_bytes(artifact.onnx),
-            size_bound_bytes=bound_bytes(artifact.onnx),
-            size_parts_bytes=weights.by_part(artifact.onnx),
-            weights=weights.by_class(artifact.onnx),
-            operators=graph.operators(artifact.onnx),
+            size_entropy_bytes=entropy_bytes(file, dense),
+            size_bound_bytes=bound_bytes(file, dense),
+            size_parts_bytes=weights.by_part(file, dense),
+            weights=weights.by_class(file, dense),
+            operators=graph.operators(file),
         )
         self.store.keep_measurement("content", causes, found.model_dump_json(by_alias=True).encode())
         return found

@@ -59,19 +59,18 @@ _LSTMS, _LSTM_BIAS = ("LSTM", "DynamicQuantizeLSTM"), 3  # the bias is a matrix
 _INTEGER_WEIGHTS = ("int8", "uint8", "int4", "uint4")
 
 
-def by_class(path: Path) -> tuple[WeightClass, ...]:
+def by_class(path: Path, dense: onnx.ModelProto | None = None) -> tuple[WeightClass, ...]:
     """Every initializer of the file, by what it does in the model and the type it is stored in.
 
     The class comes from the module path of the node that reads it, through nodes that only unpack it (DequantizeLinear, Cast,
     …). Scales, zero points, shapes and axes are "other". Zeros are values that stand for 0.0, so they are counted relative to the zero
     point. MatMulNBits data counts by the weights it holds. Weights that `pack` wrote are those they stand for, with the bytes they have in the file.
+    ``dense`` is the same file as `packing.files.dense` gives it, where that is at hand.
     """
     from onnxsqueeze.packing import files as packing
 
-    model = load(path)
-    packed = packing.stored_bytes(model)
-    packing.unpack(model)
-    index = _Index.of(model)
+    packed = packing.stored_bytes(load(path))
+    index = _Index.of(dense or packing.dense(path))
     totals: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     for name, tensor in index.tensors.items():
         dtype, n, zeros = _content(tensor, index)
@@ -82,15 +81,17 @@ def by_class(path: Path) -> tuple[WeightClass, ...]:
     return tuple(WeightClass(class_=class_, dtype=dtype, n=n, zeros=zeros, bytes=size) for (class_, dtype), (n, zeros, size) in rows)
 
 
-def by_part(path: Path) -> SizeParts:
-    """Every byte of the file and its external data, by what it is for. Packed weights count as what they stand for, with the bytes they have in the file."""
+def by_part(path: Path, dense: onnx.ModelProto | None = None) -> SizeParts:
+    """Every byte of the file and its external data, by what it is for. Packed weights count as what they stand for, with the bytes they have in the file.
+
+    ``dense`` is the same file as `packing.files.dense` gives it, where that is at hand.
+    """
     import onnx
 
     from onnxsqueeze.packing import files as packing
 
-    stored, model = onnx.load(str(path), load_external_data=False), load(path)
-    packing.unpack(model)
-    index, owner = _Index.of(model), packing.owners(stored)
+    stored = onnx.load(str(path), load_external_data=False)
+    index, owner = _Index.of(dense or packing.dense(path)), packing.owners(stored)
     sizes = dict.fromkeys(SizeParts.model_fields, 0)
     for graph in graphs(stored.graph):
         for tensor in graph.initializer:
@@ -100,18 +101,14 @@ def by_part(path: Path) -> SizeParts:
     return SizeParts(**sizes)
 
 
-def integer_values(path: Path) -> tuple[list[NDArray[Any]], int]:
-    """(the integer weights of the file as they are stored when unpacked, the bytes of all scales and zero points).
+def integer_values(dense: onnx.ModelProto) -> tuple[list[NDArray[Any]], int]:
+    """(the integer weights of a model without packed ones, as they are stored; the bytes of all scales and zero points).
 
     Biases that are stored as integers are among them. MatMulNBits has two 4-bit weights in a byte, which is one value here.
     """
     from onnx import numpy_helper
 
-    from onnxsqueeze.packing import files as packing
-
-    model = load(path)
-    packing.unpack(model)
-    index = _Index.of(model)
+    index = _Index.of(dense)
     parts = {name: _part_of(name, index) for name in index.tensors}
     learned = [tensor for name, tensor in index.tensors.items() if parts[name] not in ("scales", "constants")]
     scales = sum(_stored_bytes(tensor) for name, tensor in index.tensors.items() if parts[name] == "scales")

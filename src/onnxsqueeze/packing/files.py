@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,13 @@ def unpack(model: onnx.ModelProto) -> bool:
         graphs.replace(graph.initializer, [tensor for tensor in graph.initializer if not tensor.name.startswith(_MARK)])
         graph.initializer.extend(numpy_helper.from_array(values, name) for name, values in zip(names, session.run(None, {}), strict=True))
     return rebuilt
+
+
+def dense(path: Path) -> onnx.ModelProto:
+    """The model of a file with its packed weights unpacked, to be read."""
+    model = graphs.load(path)
+    unpack(model)
+    return model
 
 
 def owners(model: onnx.ModelProto) -> dict[str, str]:

@@ -10,7 +10,6 @@ from pydantic import Field
 
 from onnxsqueeze import graph
 from onnxsqueeze.artifact import Artifact, copy_side_files
-from onnxsqueeze.entropy import entropy_bytes
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.stage import Changed, Context, Stage, State
 from onnxsqueeze.stages import calibration
@@ -77,7 +76,6 @@ class Pack(Stage):
             "packed": len(found),
             "dense_bytes": dense_bytes,
             "packed_bytes": _bytes(written),
-            "entropy_bytes": entropy_bytes(parent.onnx),
             "ways": dict(ways),
         }
         looked_at = sum(len(one.initializer) for one in graph.graphs(graph.load(parent.onnx).graph))
