@@ -183,7 +183,7 @@ def _latency(
         candidates,
         base.name if len(models) > 1 and base else None,
         FixedWork(shape),
-        MeasureSettings(min_seconds=1.0, processes=2) if elsewhere else MeasureSettings(min_seconds=1.0),
+        MeasureSettings(min_seconds=0.2, processes=2) if elsewhere else MeasureSettings(min_seconds=1.0),
         progress,
         opener=backends.open,
         reader=reader,
