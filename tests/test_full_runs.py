@@ -34,7 +34,7 @@ FEWER = {
 }
 
 
-TIMED = ("qdp", "drop-tokens")  # the others are timed by nobody here: it would take as long again
+TIMED_RECIPES = ("qdp", "drop-tokens")  # the others are timed by nobody here: it would take as long again
 
 
 def few_rows(place: Path, *, scores: bool) -> list[str]:
@@ -62,9 +62,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("full")
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all workers: recipes have their teacher, its exports and their scores in common."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "store"
+
+
 @pytest.mark.parametrize("file", sorted(RECIPES.rglob("*.yaml")), ids=lambda file: file.stem)
-def test_every_recipe_runs_on_the_real_model(file: Path, place: Path) -> None:
-    timed = str(file.stem in TIMED).lower()
+def test_every_recipe_runs_on_the_real_model(file: Path, place: Path, store: Path) -> None:
+    timed = str(file.stem in TIMED_RECIPES).lower()
     overrides = [
         *few_rows(place, scores=file.stem == "embed"),
         *one_epoch(file),
@@ -74,7 +81,7 @@ def test_every_recipe_runs_on_the_real_model(file: Path, place: Path) -> None:
     model = Path("minilm")
     if file.stem == "quantization":  # 22 targets: too long on MiniLM
         model = random_checkpoint(place / "small", "bert", layers=2, head=False)
-    outcome, _ = run(file, place / file.stem, model=model, store=place / "store", overrides=overrides)
+    outcome, _ = run(file, place / file.stem, model=model, store=store, overrides=overrides)
     assert outcome.exit_code == 0, outcome.problems
     for target in outcome.results.targets:
         assert target.status == "ok" or (target.backend != "cpu" and target.status == "skipped"), target.reason
@@ -88,7 +95,7 @@ def test_every_recipe_runs_on_the_real_model(file: Path, place: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["sst2", "cola", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"])
-def test_a_run_on_real_glue_files(task: str, place: Path) -> None:
+def test_a_run_on_real_glue_files(task: str, place: Path, store: Path) -> None:
     folder = os.environ.get("ONNXSQUEEZE_GLUE_DIR")
     if not folder:
         pytest.skip("ONNXSQUEEZE_GLUE_DIR does not name GLUE's files")
@@ -97,7 +104,7 @@ def test_a_run_on_real_glue_files(task: str, place: Path) -> None:
         random_checkpoint(model, "bert", layers=2, head=False)
     recipe = "none" if task in ("qqp", "mnli", "qnli") else "q"  # one target where there are ten thousand dev rows
     overrides = SMALL if recipe == "none" else (*SMALL, "targets.int8-inc.stages.quantize-inc.approach=static")
-    outcome, _ = run(recipe, place / f"q-{task}", model=model, store=place / "store", overrides=overrides, task=task, data_dir=Path(folder))
+    outcome, _ = run(recipe, place / f"q-{task}", model=model, store=store, overrides=overrides, task=task, data_dir=Path(folder))
     assert outcome.exit_code == 0, outcome.problems
     record = read_results(outcome.out)
     assert record.task.name == task
