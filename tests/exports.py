@@ -25,7 +25,7 @@ def export(folder: Path, family: FamilyName) -> tuple[Artifact, Context]:
 
 @cache
 def _exported(family: FamilyName) -> TemporaryDirectory[str]:
-    """Made once a process; two hundred tests start from it."""
+    """Made once a process: most tests of quantizers and forms start from it."""
     place = TemporaryDirectory()
     folder = Path(place.name)
     parent = artifact(random_checkpoint(folder / "checkpoint-folder", family))

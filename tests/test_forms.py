@@ -157,6 +157,17 @@ def test_a_head_that_reads_every_token_keeps_the_last_layer_whole(exported: tupl
     assert off <= 2.0**-16 * scale
 
 
+def test_a_graph_can_be_opened_again_after_forms_have_changed_it(exported: tuple[Artifact, Artifact, Context]) -> None:
+    for parent in exported[:2]:
+        one = forms.with_shapes(graph.load(parent.onnx))
+        before = one.SerializeToString(deterministic=True)
+        for form in forms.FORMS:
+            model = forms.opened(one)
+            form.apply(model)
+            forms.write(model)
+        assert one.SerializeToString(deterministic=True) == before
+
+
 def test_writing_a_graph_that_no_form_touched_changes_no_bit(exported: tuple[Artifact, Artifact, Context], tmp_path: Path) -> None:
     for parent in exported[:2]:
         written, _ = rewritten(parent, tmp_path / parent.path.name, [])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,14 @@ def test_attention_is_returned_undropped_when_a_loss_reads_it(tmp_path: Path, na
     ids = torch.tensor([encode(folder, [Row("the movie was good .", None, 1)], 32).encoded[0].ids])
     for layer in model(input_ids=ids, attention_mask=torch.ones_like(ids), output_attentions=True).attentions:
         torch.testing.assert_close(layer.sum(-1), torch.ones(layer.shape[:-1]))
+
+
+def test_transformers_has_every_family() -> None:
+    """`deploy --to hf` relies on it without asking."""
+    import transformers
+
+    hf: Any = transformers  # this mapping has no types
+    assert set(families.FAMILIES) <= set(hf.CONFIG_MAPPING.keys())
 
 
 def test_an_unknown_architecture_is_refused_by_name_with_what_would_have_to_be_written() -> None:

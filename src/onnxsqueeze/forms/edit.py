@@ -47,7 +47,9 @@ def opened(shaped: onnx.ModelProto) -> ir.Model:
     """What `with_shapes` gave, to be changed by forms, with every constant an initializer; ``shaped`` stays as it is."""
     from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-    found: ir.Model = ir.from_proto(shaped)
+    own = type(shaped)()
+    own.CopyFrom(shaped)  # onnx_ir names the constants that it lifts in the message it was given
+    found: ir.Model = ir.from_proto(own)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(found)
     return found
 
