@@ -5,7 +5,8 @@ All of it is made offline and is the same for the same arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -148,7 +149,8 @@ def toy_task(outputs: int = 2) -> TaskInfo:
     return TaskInfo(name="words", labels=labels, metrics=(metric,), primary=metric, max_length=32)
 
 
-def toy_rows(n: int, seed: int, *, outputs: int = 2, pairs: bool = False) -> list[Row]:
+@cache
+def toy_rows(n: int, seed: int, *, outputs: int = 2, pairs: bool = False) -> tuple[Row, ...]:
     """``n`` short sentences of unequal lengths whose one telling word decides the label."""
     import numpy as np
 
@@ -163,7 +165,7 @@ def toy_rows(n: int, seed: int, *, outputs: int = 2, pairs: bool = False) -> lis
             words.insert(int(random.integers(len(words))), str(random.choice(telling)))
         second = " ".join(random.choice(neutral, size=4).tolist()) if pairs else None
         rows.append(Row(" ".join(words) + " .", second, float(mood) if outputs == 1 else mood))
-    return rows
+    return tuple(rows)
 
 
 def silent(done: int, total: int, note: str = "") -> None:
@@ -208,7 +210,7 @@ def run_stage(
     return out, changed
 
 
-def _metric(rows: list[Row], outputs: int) -> Callable[[NDArray[np.float32]], float]:
+def _metric(rows: Sequence[Row], outputs: int) -> Callable[[NDArray[np.float32]], float]:
     import numpy as np
 
     labels = np.array([row.label for row in rows])

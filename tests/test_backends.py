@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxsqueeze import backends
-from onnxsqueeze.backends import Backend, Runtime, Session
+from onnxsqueeze.backends import Backend, Runtime, Session, Shared
 from onnxsqueeze.errors import MeasureError, Unavailable, UsageError
 
 
@@ -68,6 +69,26 @@ def test_ids_are_cast_where_the_graph_wants_int32(tmp_path: Path) -> None:
     narrow = backends.get("cpu").open(classifier(tmp_path / "narrow.onnx", ids=TensorProto.INT32), 1)
 
     np.testing.assert_array_equal(narrow.run(FEED), wide.run(FEED))
+
+
+def test_a_shared_session_is_opened_by_the_first_and_closed_by_none_of_its_callers(tmp_path: Path) -> None:
+    opened: list[Session] = []
+
+    def opener() -> Session:
+        opened.append(backends.get("cpu").open(classifier(tmp_path / "model.onnx"), 1))
+        return opened[-1]
+
+    Shared(opener).close()
+    assert not opened, "nobody asked"
+    with closing(Shared(opener)) as shared:
+        said = []
+        for _ in range(2):
+            with closing(shared.open("cpu", tmp_path / "model.onnx", 1)) as session:
+                said.append(session.run(FEED))
+    np.testing.assert_array_equal(said[0], said[1])
+    assert len(opened) == 1
+    with pytest.raises((MeasureError, ValueError)):
+        opened[0].run(FEED)
 
 
 def test_an_input_that_nobody_gives_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from models import FAMILIES, FamilyName, random_checkpoint, run_stage, toy_context, toy_rows, toy_task
@@ -21,12 +23,13 @@ from onnxsqueeze.stages.export import Export
 from onnxsqueeze.stages.quantize_dynamic import QuantizeDynamic
 from onnxsqueeze.stages.quantize_static import QuantizeStatic
 from onnxsqueeze.stages.train_quantized import TrainQuantized
+from onnxsqueeze.tasks.rows import Row
 from onnxsqueeze.tokens import Encoder, pad
 
 QUICK = TrainQuantized(epochs=1, batch_size=16, learning_rate=1e-3, precision="fp32")
 
 
-def int8_logits(file: Path, rows: int, seed: int) -> tuple[np.ndarray, list]:  # type: ignore[type-arg]
+def int8_logits(file: Path, rows: int, seed: int) -> tuple[NDArray[np.float32], Sequence[Row]]:
     """Logits of toy rows, each alone, by a stock session; and the rows."""
     texts = toy_rows(rows, seed=seed)
     encoder = Encoder(file.parent, 32)

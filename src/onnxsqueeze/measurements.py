@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from onnxsqueeze import environment, graph, timing, weights
 from onnxsqueeze.artifact import MODEL_SUFFIX, Artifact, file_sha256
-from onnxsqueeze.backends import Backends
+from onnxsqueeze.backends import Backends, Shared
 from onnxsqueeze.entropy import bound_bytes, entropy_bytes
 from onnxsqueeze.errors import MeasureError, SqueezeError
 from onnxsqueeze.measure.golden import Golden, answers, sentences
@@ -148,7 +148,12 @@ class Measurements:
         runtime = self.backends.get(backend).runtime
         return runtime.name if runtime else None
 
-    def logits(self, subject: Subject) -> Logits:
+    def answers(self, subject: Subject) -> tuple[Logits, Golden]:
+        """What one session of it says: to every row of the dev splits, and to a few generated sentences, for `onnxsqueeze verify`."""
+        with closing(Shared(lambda: self.backends.open(subject.backend, subject.artifact.onnx, self.settings.threads))) as session:
+            return self._logits(subject, session), self._golden(subject, session)
+
+    def _logits(self, subject: Subject, session: Shared) -> Logits:
         """Per dev split, the logits of every row at the serving batch."""
         import numpy as np
 
@@ -166,7 +171,7 @@ class Measurements:
                     self.settings.batch,
                     self.settings.threads,
                     progress,
-                    opener=self.backends.open,
+                    opener=session.open,
                 )
                 values = said(self.info, values)
                 buffer = io.BytesIO()
@@ -178,8 +183,7 @@ class Measurements:
             found[split.name] = np.load(io.BytesIO(kept), allow_pickle=False)
         return found
 
-    def golden(self, subject: Subject) -> Golden:
-        """What it says to a few generated sentences, for `onnxsqueeze verify`."""
+    def _golden(self, subject: Subject, session: Shared) -> Golden:
         pairs = self._read()[0].text_pair is not None
         causes = {
             "max_length": self.info.max_length,
@@ -191,7 +195,8 @@ class Measurements:
         def ask() -> Golden:
             asked = sentences(pairs=pairs)
             place, threads, longest = subject.artifact.path, self.settings.threads, self.info.max_length
-            return answers(place, subject.backend, threads, longest, asked, self.backends, vectors=self.info.embeds)
+            vectors = self.info.embeds
+            return answers(place, subject.backend, threads, longest, asked, self.backends, vectors=vectors, opener=session.open)
 
         return self._recorded("golden", Golden, self._causes(subject) | causes, ask)
 

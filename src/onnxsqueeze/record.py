@@ -80,8 +80,7 @@ class Measurer:
         for subject in subjects:
             try:
                 measure.check_operators(subject)
-                logits[subject.name] = measure.logits(subject)
-                self.goldens[subject.name] = measure.golden(subject)
+                logits[subject.name], self.goldens[subject.name] = measure.answers(subject)
             except MeasureError as error:
                 failed[subject.name] = error
         timed = measure.latencies([one for one in subjects if one.name not in failed], self.baselines[backend], failed)

@@ -16,10 +16,24 @@ from pathlib import Path
 
 from onnxsqueeze.backends import limits
 from onnxsqueeze.backends.backend import Backend, Runtime
-from onnxsqueeze.backends.session import Answers, Block, NodeTime, Replay, Session
+from onnxsqueeze.backends.session import Answers, Block, NodeTime, Replay, Session, Shared
 from onnxsqueeze.errors import UsageError, nearest
 
-__all__ = ["HERE", "Answers", "Backend", "Backends", "Block", "NodeTime", "Opener", "Replay", "Runtime", "Session", "get", "known"]
+__all__ = [
+    "HERE",
+    "Answers",
+    "Backend",
+    "Backends",
+    "Block",
+    "NodeTime",
+    "Opener",
+    "Replay",
+    "Runtime",
+    "Session",
+    "Shared",
+    "get",
+    "known",
+]
 
 _BACKENDS = (
     Backend("cpu", "CPUExecutionProvider", "onnxruntime", float16=limits.CPU_FLOAT16),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -173,3 +173,32 @@ class Session:
 
     def _spoken(self, text: str) -> str:
         return without_paths(text.replace(str(self._onnx.absolute()), self._name))
+
+
+class Shared:
+    """One session for callers that would each open and close their own: opened when the first of them does, closed with this."""
+
+    def __init__(self, opener: Callable[[], Session]) -> None:
+        self._opener = opener
+        self._session: Session | None = None
+
+    def open(self, *_: object) -> Answers:
+        """The session, for one caller; whatever it is asked to open. Raises as the opener does."""
+        self._session = self._session or self._opener()
+        return _Lent(self._session)
+
+    def close(self) -> None:
+        """End it, where it was opened."""
+        if self._session:
+            self._session.close()
+
+
+@dataclass(frozen=True)
+class _Lent:
+    session: Session
+
+    def run(self, feed: Feed) -> NDArray[np.float32]:
+        return self.session.run(feed)
+
+    def close(self) -> None:
+        pass

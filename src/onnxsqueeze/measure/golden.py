@@ -6,7 +6,7 @@ The sentences are from the toy grammar whatever the task, so the file may travel
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,10 +81,14 @@ def answers(
     *,
     vectors: bool = False,
     onnx: Path | None = None,
+    opener: Callable[[str, Path, int], Answers] | None = None,
 ) -> Golden:
-    """What the model in ``folder`` says now to the sentences ``asked``; ``onnx`` is its file where that lies elsewhere. Raises MeasureError and Unavailable."""
+    """What the model in ``folder`` says now to the sentences ``asked``; ``onnx`` is its file where that lies elsewhere, ``opener`` opens it in place of ``backends``.
+
+    Raises MeasureError and Unavailable.
+    """
     onnx = onnx or folder / MODEL_FILE
-    with closing(backends.open(backend, onnx, threads)) as session:
+    with closing((opener or backends.open)(backend, onnx, threads)) as session:
         said = ask(session, folder, max_length, asked)
     runtime = backends.get(backend).runtime
     machine = environment.processors()

@@ -192,12 +192,11 @@ def _labels(placed: Sequence[tuple[float, float, float, float, Point]], order: S
         others = [marker for j, marker in enumerate(markers) if j != i]
         best, least = None, 2000.0
         for box in _places(x, y, text_width(_label(point))):
-            if not box.inside(plot) or any(box.overlaps(taken) for taken in (*boxes.values(), *markers)):
+            cost = math.hypot(min(max(x, box.left), box.right) - x, (box.top + box.bottom) / 2 - y)
+            if cost >= least or not box.inside(plot) or any(box.overlaps(taken) for taken in (*boxes.values(), *markers)):
                 continue
             leader = _leader(x, y, box)
-            cost = math.hypot(min(max(x, box.left), box.right) - x, (box.top + box.bottom) / 2 - y) + 25 * sum(
-                box.overlaps(w) for w in whiskers
-            )
+            cost += 25 * sum(box.overlaps(w) for w in whiskers)
             cost += (
                 12
                 + 150 * sum(_crosses(leader, b) for b in (*boxes.values(), *others))
