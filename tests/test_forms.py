@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from crossed import crossed
 from exports import build, export
 from models import FAMILIES, FamilyName, artifact
 from onnxsqueeze import forms, graph
@@ -69,7 +70,7 @@ def measured(model: Path, folder: Path, context: Context) -> dict[str, forms.Ran
     return {found.name: found.range for found in ranges.measured(model, folder, context)}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@crossed("exported, name", FAMILIES, NAMES, through=["exported"])
 def test_a_form_does_no_more_than_it_says(exported: tuple[Artifact, Artifact, Context], tmp_path: Path, name: str) -> None:
     form = next(form for form in forms.FORMS if form.name == name)
     before = ["constant-shapes", "compact-mask", "folded-scale"][: NAMES.index(name)]  # what the others build on

@@ -43,7 +43,13 @@ def python(code: str, *words: str, hub: Hub, home: Path, offline: bool = False) 
     [
         ("sst2", ["validation"], ["the {} sentence 0 .", None], [0, 1, 0]),
         pytest.param("mrpc", ["validation"], ["the {} sentence1 0 .", "the {} sentence2 0 ."], [0, 1, 0], marks=pytest.mark.full),
-        ("mnli", ["validation_matched", "validation_mismatched"], ["the {} premise 0 .", "the {} hypothesis 0 ."], [0, 1, 2]),
+        pytest.param(
+            "mnli",
+            ["validation_matched", "validation_mismatched"],
+            ["the {} premise 0 .", "the {} hypothesis 0 ."],
+            [0, 1, 2],
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_the_rows_of_a_glue_task_come_from_its_parquet_files(

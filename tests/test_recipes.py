@@ -19,6 +19,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_methods_combine_into_one_file(place: Path) -> None:
     overrides = [
         *SMALL,

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
+from crossed import crossed
 from exports import build
 from models import FAMILIES, FamilyName, artifact, random_checkpoint, run_stage, toy_context, toy_task
 from onnxsqueeze import graph
@@ -180,8 +181,7 @@ def test_a_weight_that_has_come_nearer_to_another_value_moves_there_and_a_kept_z
     assert weight.tolist() == [[0.0, 2.0, 1.0, 2.0, 2.0, 5.0]]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("scope", ["row", "matrix"])
+@crossed("name, scope", FAMILIES, ["row", "matrix"])
 def test_every_row_of_the_written_file_has_few_values(tmp_path: Path, name: FamilyName, scope: str) -> None:
     parent = random_checkpoint(tmp_path / "parent", name)
     out, changed = run_stage(QUICK.model_copy(update={"scope": scope, "bits": 3}), parent, tmp_path, teacher=parent)
@@ -244,10 +244,13 @@ def test_pruned_weights_stay_zero_and_no_other_becomes_zero(tmp_path: Path, reas
     assert max(len(row.unique()) for row in stored) == 4
 
 
-@pytest.mark.parametrize("scope", ["row", "matrix"])
-@pytest.mark.parametrize(("int8", "bits"), [(True, 2), (True, 4), (False, 3), (False, 6)])
-def test_a_packed_file_takes_the_bits_and_the_code_books_of_its_weights(tmp_path: Path, scope: str, int8: bool, bits: int) -> None:
+PACKED = {"int8 of 2 bits": (True, 2), "float of 3": (False, 3), "float of 6": (False, 6), "int8 of 4": (True, 4)}
+
+
+@crossed("scope, form", ["row", "matrix"], list(PACKED))
+def test_a_packed_file_takes_the_bits_and_the_code_books_of_its_weights(tmp_path: Path, scope: str, form: str) -> None:
     """`pack` proves that the outputs keep their bits; quantizing to int8 leaves each output's weights as few values as they had."""
+    int8, bits = PACKED[form]
     parent = random_checkpoint(tmp_path / "parent", "bert", hidden=128, layers=1)
     stage = QUICK.model_copy(update={"scope": scope, "bits": bits, "importance": "uniform"})
     clustered, changed = run_stage(stage, parent, tmp_path)

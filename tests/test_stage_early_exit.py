@@ -100,7 +100,8 @@ def test_exits_are_in_the_file_reload_and_are_outputs_of_the_export(trained: tup
     assert structure.of(model, family).exits == exits.after(model) == (0, 2)
     assert changed.count == sum(tensor.numel() for key, tensor in stored.items() if key.startswith("exits.")) == 2 * (33 * 32 + 33 * 2)
     assert outputs == ["logits", "logits_after_0", "logits_after_2"]
-    got = [np.concatenate(head) for head in zip(*(ask(session(exported), feed) for feed in rows(out, 20)), strict=True)]
+    running = session(exported)
+    got = [np.concatenate(head) for head in zip(*(ask(running, feed) for feed in rows(out, 20)), strict=True)]
     for own, its in zip(said, got, strict=True):
         np.testing.assert_allclose(own, its, atol=1e-4)
 

@@ -14,6 +14,7 @@ import torch
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
+from crossed import crossed
 from exports import build
 from models import FAMILIES, FamilyName, artifact, random_checkpoint, run_stage, toy_context
 from onnxsqueeze import graph, weights
@@ -33,7 +34,7 @@ from onnxsqueeze.stages.quantize_static import QuantizeStatic
 from onnxsqueeze.stages.quantize_weights import QuantizeWeights
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module")
 def every(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Context]:
     """`sparse` of each family."""
     return sparse(tmp_path_factory.mktemp(request.param), request.param)
@@ -71,7 +72,7 @@ FORMS: dict[str, list[Stage]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@crossed("every, form", FAMILIES, list(FORMS), through=["every"])
 def test_a_session_folds_a_packed_file_into_its_parent(tmp_path: Path, every: tuple[Artifact, Context], form: str) -> None:
     parent, context = every
     for i, stage in enumerate(FORMS[form]):

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
+from crossed import crossed
 from models import FAMILIES, FamilyName, random_checkpoint, run_stage, toy_context, toy_task
 from onnxsqueeze import weights
 from onnxsqueeze.errors import StageError
@@ -30,8 +31,7 @@ def shares_of_zeros(folder: Path) -> dict[str, float]:
     return {name: float((tensors[name] == 0).float().mean()) for name in names}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+@crossed("name, sparsity", FAMILIES, [0.5, 0.9])
 def test_the_written_file_has_the_asked_share_of_zeros_and_reloads(tmp_path: Path, name: FamilyName, sparsity: float) -> None:
     parent = random_checkpoint(tmp_path / "parent", name)
     out, changed = run_stage(PruneWeights(sparsity=sparsity, **QUICK), parent, tmp_path)

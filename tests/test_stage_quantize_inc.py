@@ -10,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 from onnx import helper, numpy_helper
 from pydantic import ValidationError
 
+from crossed import crossed
 from dequantize import errors, matrices
 from exports import build, distance, export, near
 from models import FAMILIES, FamilyName, artifact
@@ -40,19 +41,18 @@ def names(folder: Path) -> set[str]:
     return {file.name for file in folder.iterdir()}
 
 
+KINDS = {"dynamic": ("dynamic", "MatMulInteger"), "static": ("static", "QLinearMatMul"), "qdq": ("static", "MatMul")}  # approach, product
+
+
 @needs_inc
-@pytest.mark.parametrize(
-    ("approach", "product"),
-    [("dynamic", "MatMulInteger"), ("static", "QLinearMatMul"), ("static", "MatMul")],
-    ids=["dynamic", "static", "qdq"],
-)
-@pytest.mark.parametrize("family", FAMILIES)
+@crossed("family, kind", FAMILIES, list(KINDS))
 def test_every_weight_is_within_half_a_step_and_logits_stay_close(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: FamilyName, approach: Literal["dynamic", "static"], product: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: FamilyName, kind: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     parent, context = export(tmp_path / "work", family)
-    settings = stage(approach=approach, format="qdq" if product == "MatMul" else "qoperator")
+    approach, product = KINDS[kind]
+    settings = stage(approach=approach, format="qdq" if kind == "qdq" else "qoperator")
     small, changed = build(settings, parent, tmp_path / "work" / "int8", context)
     graph.check(small.onnx, like=parent.onnx)
     found = errors(small.onnx, parent.onnx)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from crossed import crossed
 from models import FAMILIES, FamilyName, random_checkpoint, run_stage, toy_context, toy_task
 from onnxsqueeze.nn import checkpoint
 from onnxsqueeze.nn import family as families
@@ -63,12 +64,20 @@ def test_one_bit_is_the_mean_size_and_its_sign(n: int, width: int, seed: int) ->
 @settings(max_examples=40, deadline=None)
 def test_least_squares_is_no_worse_than_greedy_and_more_bits_no_worse_than_fewer(n: int, width: int, bits: int, seed: int) -> None:
     values = rows(n, width, seed)
-    greedy, optimal, book = (off(values, levels(values, method, bits)).sum() for method in ("binary-greedy", "binary", "code-book"))
+    greedy, optimal = (off(values, levels(values, method, bits)).sum() for method in ("binary-greedy", "binary"))
     fewer = off(values, levels(values, "binary", bits - 1)).sum()
 
     assert optimal <= greedy * 1.0001
     assert optimal <= fewer * 1.0001
-    assert book <= greedy * 1.2
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_over_many_rows_levels_of_any_value_lie_nearer_than_sums_of_signs(bits: int) -> None:
+    # not in every row: Lloyd's algorithm ends in the optimum that lies nearest to its quantiles
+    values = rows(64, 80, seed=bits)
+    binary, book = (off(values, levels(values, method, bits)).sum() for method in ("binary", "code-book"))
+
+    assert book < 0.98 * binary
 
 
 def test_a_code_book_finds_the_values_that_there_are() -> None:
@@ -90,9 +99,12 @@ def test_nearest_is_nearest(n: int, width: int, bits: int, method: Method) -> No
     torch.testing.assert_close((values - nearest(values, found)).abs(), distances.min(2).values)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(("method", "bits", "most"), [("code-book", 2, 4), ("ternary", 3, 3), ("binary", 2, 4)])
-def test_every_row_of_the_written_file_has_few_values(tmp_path: Path, name: FamilyName, method: Method, bits: int, most: int) -> None:
+FEW: dict[Method, tuple[int, int]] = {"code-book": (2, 4), "ternary": (3, 3), "binary": (2, 4)}  # bits, and how many values at most
+
+
+@crossed("name, method", FAMILIES, list(FEW))
+def test_every_row_of_the_written_file_has_few_values(tmp_path: Path, name: FamilyName, method: Method) -> None:
+    bits, most = FEW[method]
     parent = random_checkpoint(tmp_path / "parent", name)
     out, changed = run_stage(QUICK.model_copy(update={"method": method, "bits": bits}), parent, tmp_path, teacher=parent)
     model, family = checkpoint.load(out, toy_task())

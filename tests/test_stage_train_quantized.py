@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from crossed import crossed
 from models import FAMILIES, FamilyName, random_checkpoint, run_stage, toy_context, toy_rows, toy_task
 from onnxsqueeze.nn import checkpoint, fake
 from onnxsqueeze.nn.batches import encode
@@ -37,8 +38,7 @@ def int8_logits(file: Path, rows: int, seed: int) -> tuple[NDArray[np.float32], 
     return np.concatenate(calibration.logits(file, [pad([row], encoder.pad_id) for row in encoded], 1)), texts
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("per_channel", [True, False])
+@crossed("name, per_channel", FAMILIES, [True, False])
 def test_the_int8_file_computes_what_training_saw(tmp_path: Path, name: FamilyName, per_channel: bool) -> None:
     parent = random_checkpoint(tmp_path / "parent", name)
     out, _ = run_stage(QUICK.model_copy(update={"per_channel": per_channel}), parent, tmp_path, teacher=parent)

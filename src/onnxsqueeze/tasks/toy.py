@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from random import Random
 from typing import Literal, TypeVar
 
@@ -175,13 +176,23 @@ class Toy:
 
     def train(self) -> SplitRows:
         """3,000 rows, the same always."""
-        rows = toy_rows(_TRAIN_ROWS, _TRAIN_SEED)
-        return SplitRows("train", rows, "generated", rows_sha256(rows), "train")
+        return _train()
 
     def dev(self) -> tuple[SplitRows, ...]:
         """1,000 rows, the same always; none of them is a training row."""
-        rows = toy_rows(_DEV_ROWS, _DEV_SEED, without={row.text for row in self.train().rows})
-        return (SplitRows("validation", rows, "generated", rows_sha256(rows), "dev"),)
+        return (_dev(),)
+
+
+@cache
+def _train() -> SplitRows:
+    rows = toy_rows(_TRAIN_ROWS, _TRAIN_SEED)
+    return SplitRows("train", rows, "generated", rows_sha256(rows), "train")
+
+
+@cache
+def _dev() -> SplitRows:
+    rows = toy_rows(_DEV_ROWS, _DEV_SEED, without={row.text for row in _train().rows})
+    return SplitRows("validation", rows, "generated", rows_sha256(rows), "dev")
 
 
 def _opinion(random: Random) -> Opinion:
