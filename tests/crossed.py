@@ -1,4 +1,4 @@
-"""Parametrization over several axes at once, a part of it in the quick suite."""
+"""Parametrization of which the quick suite runs a part, and test-full the rest."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ def crossed(names: str, *axes: Sequence[object], through: Sequence[str] = ()) ->
         values = [axis[i] for axis, i in zip(axes, place, strict=True)]
         params.append(pytest.param(*values, marks=() if place in quick else pytest.mark.full))
     return pytest.mark.parametrize(names, params, indirect=list(through))
+
+
+def first(name: str, values: Sequence[object], *, through: bool = False) -> pytest.MarkDecorator:
+    """Parametrize ``name`` with ``values``; the quick suite runs the first, test-full the others."""
+    params = [pytest.param(value, marks=pytest.mark.full if i else ()) for i, value in enumerate(values)]
+    return pytest.mark.parametrize(name, params, indirect=through)

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from crossed import crossed
+from crossed import crossed, first
 from exports import build, export
 from models import FAMILIES, FamilyName, artifact
 from onnxsqueeze import forms, graph
@@ -158,6 +158,7 @@ def test_a_head_that_reads_every_token_keeps_the_last_layer_whole(exported: tupl
     assert off <= 2.0**-16 * scale
 
 
+@first("exported", FAMILIES, through=True)
 def test_a_graph_can_be_opened_again_after_forms_have_changed_it(exported: tuple[Artifact, Artifact, Context]) -> None:
     for parent in exported[:2]:
         one = forms.with_shapes(graph.load(parent.onnx))
@@ -202,6 +203,7 @@ def test_a_residual_is_subtracted_where_weights_can_take_the_sign_and_no_bit_cha
         assert difference(parent.onnx, written, exported[2], optimized=False)[0] == 0
 
 
+@first("exported", FAMILIES, through=True)
 def test_an_attention_of_onnxs_own_is_read_and_quantized_like_any_other_node(
     exported: tuple[Artifact, Artifact, Context], tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from crossed import first
 from models import FAMILIES, random_checkpoint, run_stage, toy_context, toy_rows, toy_task
 from onnxsqueeze import graph
 from onnxsqueeze.branches import branch
@@ -130,6 +131,7 @@ def test_every_row_gets_the_logits_of_the_first_exit_that_is_sure_alone_and_in_a
             )
 
 
+@first("trained", FAMILIES, through=True)
 def test_an_int8_file_says_alone_what_its_parts_say(trained: tuple[Path, Any], tmp_path: Path) -> None:
     out, _ = trained
     quantized = chain(out, Export(), QuantizeDynamic(), OptimizeGraph(max_drop_pp=100), place=tmp_path)

@@ -12,6 +12,7 @@ from onnx import numpy_helper
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from crossed import first
 from models import FAMILIES, FamilyName, random_checkpoint, run_stage, toy_context, toy_task
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.nn import checkpoint, structure
@@ -47,7 +48,7 @@ def test_a_layer_is_stored_once_and_runs_in_all_its_places(tmp_path: Path, name:
     assert np.array_equal(predict(model, family, rows), predict(twice, family, rows))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@first("name", FAMILIES)
 def test_the_onnx_file_holds_each_shared_tensor_once_in_float_and_in_int8(tmp_path: Path, name: FamilyName) -> None:
     parent = random_checkpoint(tmp_path / "parent", name, layers=4)
     out, _ = run_stage(QUICK, parent, tmp_path, teacher=parent)

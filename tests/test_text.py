@@ -83,7 +83,7 @@ def with_tokenizer(folder: Path, out: Path, change: Callable[[dict[str, Any]], N
 # ── the ids ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("max_length", "lower"), [(MAX_LENGTH, True), (8, True), (MAX_LENGTH, False)])
+@pytest.mark.parametrize(("max_length", "lower"), [(MAX_LENGTH, True), (8, True), pytest.param(MAX_LENGTH, False, marks=pytest.mark.full)])
 def test_the_ids_mask_and_types_are_those_of_the_tokenizer(source: Source, max_length: int, lower: bool, tmp_path: Path) -> None:
     folder = with_tokenizer(source.folder, tmp_path / "cased", lambda data: data["normalizer"].update(lowercase=lower))
     graph = in_graph(folder, max_length)
