@@ -18,11 +18,12 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 from onnxsqueeze.recipe import load
-from onnxsqueeze.results import Latency, Results, Target, read_results
+from onnxsqueeze.results import Latency, MetricDelta, Results, Target, read_results
 from onnxsqueeze.stages import Finetune
 
 ROOT = Path(__file__).parent.parent
@@ -65,28 +66,35 @@ def run(task: str, method: str, seed: int, asked: argparse.Namespace) -> None:
 
 def table(title: str, folders: Sequence[Path]) -> str:
     """One line per target of one task: sizes and times of the first seed, the metric of all."""
-    records = [read_results(folder) for folder in folders]
-    first = records[0]
+    records = sorted((read_results(folder) for folder in folders), key=lambda record: (record.recipe, record.seed))
+    first = next((record for record in records if any(target.latency for target in record.targets)), records[0])
     primary, split = first.task.primary, first.task.splits[0]
+    elsewhere: defaultdict[str, list[str]] = defaultdict(list)
+    for record in records:
+        if _machine(record) != _machine(first):
+            elsewhere[_machine(record)].append(f"{record.recipe} {record.seed}")
     about = (
-        f"{split.source} ({split.n} rows), {first.environment.cpu} ({first.environment.instruction_set}); times at batch 1, 1 thread. Trained on: rows and epochs of each"
-        " stage behind the teacher. Change: the paired difference from the fp32 teacher, the mean over seeds, with the interval of the first. ÷: the mean time of"
+        f"{split.source} ({split.n} rows), {_machine(first)}; times at batch 1, 1 thread. Trained on: rows and epochs of each"
+        " stage behind the teacher. Change: the paired difference from the fp32 teacher of the same seed, the mean over seeds, and each with its interval. ÷: the mean time of"
         " int8 (the teacher's) by this one's, on the task's rows, each at its own length, both by way of fp32, beside which each was timed in turns. Entropy: the weights by how often each value occurs (order 0), about what packing could reach."
+        + "".join(f" On another CPU, {machine}: {', '.join(runs)}." for machine, runs in sorted(elsewhere.items()))
     )
-    head = f"| target | trained on | MB | entropy, MB | smaller | p50 128, ms | faster | p50 32, ms | real lengths: mean, ms | int8's ÷ | {primary}, % | change, points (95 %) | each seed |"
-    lines = [f"## {title}", "", about, "", head, "| --- " * 13 + "|"]
-    seen: set[str] = set()
+    head = f"| target | trained on | MB | entropy, MB | smaller | p50 128, ms | faster | p50 32, ms | real lengths: mean, ms | int8's ÷ | {primary}, % | change, points | each seed's (95 %) | each seed's {primary} |"
+    lines = [f"## {title}", "", about, "", head, "| --- " * 14 + "|"]
+    found: defaultdict[str, list[tuple[Results, Target]]] = defaultdict(list)
     for record in records:
         for target in record.targets:
-            if target.status != "ok" or target.backend != "cpu" or target.name in seen:
-                continue
-            seen.add(target.name)
-            same = [
-                t for other in records if other.recipe == record.recipe for t in other.targets if t.name == target.name and t.status == "ok"
-            ]
-            lines.append(_line(record, target, same))
+            if target.status == "ok" and target.backend == "cpu":
+                found[target.name].append((record, target))
+    for every in found.values():
+        record, target = next((one for one in every if one[1].latency), every[0])
+        lines.append(_line(record, target, [other for run, other in every if run.recipe == record.recipe]))
     commands = [f"    {record.command}" for record in records]
     return "\n".join([*lines, "", *dict.fromkeys(commands)]) + "\n"
+
+
+def _machine(record: Results) -> str:
+    return f"{record.environment.cpu} ({record.environment.instruction_set})"
 
 
 def _line(record: Results, target: Target, same: Sequence[Target]) -> str:
@@ -109,14 +117,16 @@ def _line(record: Results, target: Target, same: Sequence[Target]) -> str:
     ]
     values = [t.metrics[split][primary].value for t in same]
     cells.append(f"{100 * statistics.fmean(values):.1f}")
-    if versus:
-        deltas = [t.vs_baseline.metrics[split][primary].delta for t in same if t.vs_baseline]
-        low, high = versus.metrics[split][primary].ci95
-        cells.append(f"{100 * statistics.fmean(deltas):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})")
-    else:
-        cells.append("–")
+    changes = [t.vs_baseline.metrics[split][primary] for t in same if t.vs_baseline]
+    cells.append(f"{100 * statistics.fmean(change.delta for change in changes):+.1f}" if changes else "–")
+    cells.append("; ".join(_change(change) for change in changes) or "–")
     cells.append(", ".join(f"{100 * value:.1f}" for value in values))
     return "| " + " | ".join(cells) + " |"
+
+
+def _change(change: MetricDelta) -> str:
+    low, high = change.ci95
+    return f"{100 * change.delta:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def _megabytes(size: int | None) -> str:
