@@ -83,6 +83,24 @@ def smoothing(written: Path, original: Path) -> dict[str, tuple[Any, Any, Any]]:
 
 
 @needs_inc
+@pytest.mark.parametrize("kind", KINDS)
+def test_tables_keep_8_bits_beside_weights_of_7(tmp_path: Path, kind: str) -> None:
+    parent, context = export(tmp_path, "bert")
+    settings = stage(approach=KINDS[kind][0], format="qdq" if kind == "qdq" else "qoperator", reduce_range=True)
+    small, _ = build(settings, parent, tmp_path / "int8", context)
+    stored, exact = matrices(small.onnx), matrices(parent.onnx)
+    found = errors(small.onnx, parent.onnx)
+    assert sum("embeddings" in name for name in found) == 3
+    for name, (error, step) in found.items():
+        assert (error <= step * 0.501).all(), name
+        spread = int(np.ptp(stored[f"{name}_quantized"].astype(np.int32)))
+        if "embeddings" in name:
+            assert step.max() <= 2 * np.abs(exact[name]).max() / 254 * 1.001, name
+        else:
+            assert spread <= 128, name
+
+
+@needs_inc
 @pytest.mark.parametrize("format", ["qoperator", "qdq"])
 def test_smoothquant_moves_the_scale_of_each_input_into_the_weight_as_its_paper_says(tmp_path: Path, format: str) -> None:  # noqa: A002, the setting's name
     parent, context = export(tmp_path, "bert")
@@ -179,7 +197,7 @@ def test_a_search_ends_at_the_first_trial_that_loses_little_enough_and_with_time
     parent, context = faithful(tmp_path)
     settings = {"tune": "basic", "max_trials": 5}
     _, details, every = searched(parent, context, tmp_path / "every", 100, tune_seconds=1000, **settings)
-    assert len(every) == 4  # of the five that it proposes, one for the second time
+    assert len(every) in (4, 5)  # what it proposes for the second time is no trial; whether it does depends on the scores
     assert every[0]["quantized"] == {"Gather": 3, "MatMul": 14}
     assert (
         every[1]["to_float"] == ["/bert/encoder/layer.0/attention/self/query/MatMul", "/classifier/Gemm_MatMul"] == every[2]["to_integers"]
@@ -213,7 +231,7 @@ def test_bayesian_varies_ranges_and_scales_alone_and_the_same_settings_write_the
 def test_mse_v2_leaves_operators_in_float_until_the_goal_is_met(tmp_path: Path) -> None:
     parent, context = faithful(tmp_path)
     plain, _ = build(stage(), parent, tmp_path / "plain", context)
-    goal = 90 * (1 - selection_score(plain.path, context))  # of the loss in points
+    goal = 60 * (1 - selection_score(plain.path, context))  # six tenths of the loss, in points: other scales alone do not bring that
     _, details, trials = searched(parent, context, tmp_path / "out", goal, tune="mse_v2", samples=8, max_trials=15)
     assert trials[0]["quantized"] == {"Gather": 3, "MatMul": 14}
     assert f"more than {goal:g}" in trials[0]["why"]

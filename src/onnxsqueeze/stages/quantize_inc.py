@@ -51,6 +51,7 @@ class QuantizeInc(Stage):
     by it. Source: neural_compressor.quantization.fit, PostTrainingQuantConfig; Xiao et al. 2023 (SmoothQuant), equation 4.
     """
 
+    version: ClassVar[int] = 2  # tables keep 8 bits beside weights of 7
     takes: ClassVar[tuple[State, ...]] = ("onnx",)
     gives: ClassVar[State] = "onnx-int"
     tools: ClassVar[tuple[str, ...]] = ("neural-compressor", "onnxruntime", "onnx")
@@ -131,10 +132,11 @@ class QuantizeInc(Stage):
         def finish(model: onnx.ModelProto) -> None:
             if self.format == "qdq":
                 _leave_gathered_rows(model)
-            elif self.approach == "static":
+            if seven or (self.approach == "static" and self.format != "qdq"):
                 _requantize_tables(model, graph.load(parent.onnx))
 
-        details: dict[str, Any] = {"approach": self.approach, "seven_bits": seven_bits(self.reduce_range)}
+        seven = seven_bits(self.reduce_range)
+        details: dict[str, Any] = {"approach": self.approach, "seven_bits": seven}
         with tempfile.TemporaryDirectory(dir=out) as folder:
             scratch = Path(folder)
             if self.tune is None:
@@ -240,37 +242,38 @@ def _interruptible() -> Iterator[None]:
 
 
 def _requantize_tables(model: onnx.ModelProto, original: onnx.ModelProto) -> None:
-    """Give every embedding table the scale of its own range, in place.
+    """Give every embedding table 8 bits and the scale of its own range, in place.
 
-    neural-compressor 3.7.1 takes the range of the rows that calibration happened to read, and lets all other rows wrap around
-    in uint8 instead of saturating (GatherOperator.convert): a token unseen in calibration would get a random embedding.
+    neural-compressor 3.7.1 gives tables the spare bit of weights, which no product of theirs needs. In static graphs of integers it takes
+    the range of the rows that calibration happened to read, and lets all other rows wrap around in uint8 instead of saturating
+    (GatherOperator.convert): a token unseen in calibration would get a random embedding.
     """
     import numpy as np
     from onnx import numpy_helper
 
-    before = {tensor.name: tensor for tensor in original.graph.initializer}
+    gathered = {node.input[0] for node in original.graph.node if node.op_type == "Gather"}
     after = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        name = node.input[0].removesuffix("_quantized") if node.op_type == "Gather" else ""
-        if name not in before or node.input[0] not in after:
+    for before in original.graph.initializer:
+        label = f"{before.name}_quantized"
+        if before.name not in gathered or label not in after:
             continue
-        table = numpy_helper.to_array(before[name])
+        table, kind = numpy_helper.to_array(before), numpy_helper.to_array(after[label]).dtype
         low, high = min(float(table.min()), 0.0), max(float(table.max()), 0.0)
-        scale = np.float32((high - low) / 255 or 1)
-        zero = np.uint8(np.rint(-low / scale))
-        values = np.clip(np.rint(table / scale) + zero, 0, 255).astype(np.uint8)
-        # every reader takes (values, scale, zero point) side by side
+        signed = kind == np.int8  # one scale on both sides of zero
+        scale = np.float32((max(-low, high) / 127 if signed else (high - low) / 255) or 1)
+        zero = np.asarray(0 if signed else np.rint(-low / scale), kind)
+        limits = np.iinfo(kind)
+        values = np.clip(np.rint(table / scale) + zero, limits.min, limits.max).astype(kind)
+        rows = {label, *(node.output[0] for node in model.graph.node if node.op_type == "Gather" and node.input[0] == label)}
+        # every other reader takes (values, scale, zero point) side by side
         places = {
             (user.input[i + 1], user.input[i + 2])
             for user in model.graph.node
             for i, read in enumerate(user.input)
-            if read == node.output[0]
+            if read in rows and user.op_type != "Gather"
         }
-        for content, label in (
-            (values, node.input[0]),
-            *((part, label) for pair in places for part, label in zip((scale, zero), pair, strict=True)),
-        ):
-            after[label].CopyFrom(numpy_helper.from_array(np.asarray(content), label))
+        for content, name in ((values, label), *(pair for place in places for pair in zip((scale, zero), place, strict=True))):
+            after[name].CopyFrom(numpy_helper.from_array(np.asarray(content), name))
 
 
 def _leave_gathered_rows(model: onnx.ModelProto) -> None:
