@@ -23,7 +23,7 @@ setup: $(READY) ## Make the virtual environment (the other targets do it by them
 run: $(READY) ## Run recipes/qdp.yaml on the embedded model and task
 	$(BIN)/onnxsqueeze run recipes/qdp.yaml
 
-test: $(READY) ## The test suite: six to seven minutes on two cores, a worker on each
+test: $(READY) ## The test suite: six minutes on two cores, a worker on each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full and not gpu" -n 2 --dist loadfile
 
 test-full: $(READY) ## Every recipe, and what needs real GLUE (ONNXSQUEEZE_GLUE_DIR), other environments or a browser
