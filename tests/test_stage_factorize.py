@@ -172,6 +172,8 @@ def test_what_is_in_factors_already_or_would_not_shrink_is_refused(tmp_path: Pat
     once, _ = run_stage(QUICK, parent, tmp_path / "once")
     with pytest.raises(StageError, match="has factors already"):
         run_stage(QUICK, once, tmp_path / "twice")
+    with pytest.raises(StageError, match=r"vocabulary_rank: the table of words, \d+ × 32, has no rank of 33"):
+        run_stage(QUICK.model_copy(update={"vocabulary_rank": 33}), parent, tmp_path / "more")
     with pytest.raises(StageError, match="no fewer weights"):
         run_stage(Factorize(share=None, vocabulary_rank=32, epochs=1), parent, tmp_path / "wide")
 

@@ -151,6 +151,11 @@ class Factorize(StatesTaughtSettings):
 
         table = model.get_submodule(family.table_of_words)
         assert isinstance(table, nn.Embedding)  # noqa: S101  # nothing is in factors, as the caller has found
+        if rank > min(table.weight.shape):
+            raise StageError(
+                f"{self.name}: vocabulary_rank: the table of words, {table.num_embeddings:,} × {table.embedding_dim}, has no rank of {rank}",
+                remedy=f"give less than {min(table.weight.shape)}, or leave it out",
+            )
         frequency = torch.zeros(table.num_embeddings)
         for row in batches.encode(parent.path, context.train.rows, context.task.max_length).encoded:
             frequency += torch.bincount(torch.tensor(row.ids), minlength=table.num_embeddings)
