@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from crossed import crossed
+from crossed import crossed, first
 from models import FAMILIES, FamilyName, random_checkpoint, run_stage, toy_context, toy_rows, toy_task
 from onnxsqueeze import graph
 from onnxsqueeze.errors import StageError
@@ -45,7 +45,7 @@ def lengths(model: object, family: families.Family, tokens: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@first("name", FAMILIES)
 def test_fewer_tokens_reach_the_layers_behind_and_the_model_reloads(tmp_path: Path, name: FamilyName) -> None:
     parent = random_checkpoint(tmp_path / "parent", name, layers=3)
     out, changed = run_stage(QUICK, parent, tmp_path, teacher=parent)
@@ -78,7 +78,7 @@ def test_the_file_says_what_pytorch_says_at_every_length_and_has_other_forms(tmp
             np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@first("name", FAMILIES)
 def test_padding_is_dropped_first(tmp_path: Path, name: FamilyName) -> None:
     """With as much padding as is dropped, all real tokens stay: the padded row says what the whole model says of it alone."""
     folder = random_checkpoint(tmp_path, name, layers=3)

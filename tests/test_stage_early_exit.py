@@ -107,6 +107,7 @@ def test_exits_are_in_the_file_reload_and_are_outputs_of_the_export(trained: tup
         np.testing.assert_allclose(own, its, atol=1e-4)
 
 
+@first("trained", FAMILIES, through=True)
 def test_every_row_gets_the_logits_of_the_first_exit_that_is_sure_alone_and_in_a_batch(trained: tuple[Path, Any], tmp_path: Path) -> None:
     out, _ = trained
     exported = chain(out, Export(), OptimizeGraph(), place=tmp_path)

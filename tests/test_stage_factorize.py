@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from crossed import first
 from models import FAMILIES, FamilyName, random_checkpoint, run_stage, toy_context, toy_task
 from onnxsqueeze import graph
 from onnxsqueeze.errors import StageError
@@ -85,7 +86,7 @@ def test_a_matrix_of_low_rank_gets_a_low_rank() -> None:
     assert ranks[1] is None
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@first("name", FAMILIES)
 def test_half_of_the_layers_weights_are_gone_and_the_file_reloads_and_exports(tmp_path: Path, name: FamilyName) -> None:
     parent = random_checkpoint(tmp_path / "parent", name)
     stage = QUICK.model_copy(update={"vocabulary_rank": 8})

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
+from crossed import first
 from exports import build
 from models import FAMILIES, FamilyName, artifact, random_checkpoint, run_stage, toy_context
 from onnxsqueeze import prepare
@@ -19,7 +20,7 @@ from onnxsqueeze.stages.export import Export
 from onnxsqueeze.stages.prune_positions import PrunePositions
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@first("name", FAMILIES)
 def test_rows_of_the_task_get_the_same_logits_bit_for_bit_and_the_file_is_smaller_by_the_table(tmp_path: Path, name: FamilyName) -> None:
     parent = random_checkpoint(tmp_path / "parent", name)
     context = toy_context(tmp_path, pairs=True)

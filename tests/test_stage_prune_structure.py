@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from crossed import first
 from models import FAMILIES, FamilyName, random_checkpoint, run_stage, toy_context, toy_task
 from onnxsqueeze.errors import StageError
 from onnxsqueeze.nn import budget, checkpoint, structure
@@ -27,7 +28,7 @@ from onnxsqueeze.stages.structure_budget import Budget
 QUICK = PruneStructure(epochs=2, batch_size=16, learning_rate=1e-3, multiple_of=8, budget=Budget(share=0.5))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@first("name", FAMILIES)
 def test_half_of_the_layers_is_gone_from_the_file_and_the_rest_reloads_and_exports(tmp_path: Path, name: FamilyName) -> None:
     parent = random_checkpoint(tmp_path / "parent", name, layers=3, heads=4)
     out, changed = run_stage(QUICK, parent, tmp_path, teacher=parent)
@@ -192,7 +193,7 @@ def test_whole_layers_go_first_and_the_rest_keep_their_order(tmp_path: Path) -> 
     assert changed.count == 2 + 2 * (4 + 128)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@first("name", FAMILIES)
 def test_hidden_units_go_from_the_whole_model(tmp_path: Path, name: FamilyName) -> None:
     parent = random_checkpoint(tmp_path / "parent", name, heads=4)
     stage = QUICK.model_copy(update={"hidden": 20})

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertTokenizer, RobertaTokenizer
 
+from crossed import first
 from exports import build
 from models import FAMILIES, GOOD, FamilyName, artifact, random_checkpoint, run_stage, toy_context, toy_task
 from onnxsqueeze import models
@@ -80,7 +81,7 @@ def test_the_folder_reloads_and_its_files_agree(tmp_path: Path, name: FamilyName
         assert torch.equal(table[id_], source[ids[token]])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@first("name", FAMILIES)
 def test_texts_whose_pieces_all_stayed_get_the_same_logits_bit_for_bit_and_through_the_onnx_too(tmp_path: Path, name: FamilyName) -> None:
     parent = random_checkpoint(tmp_path / "parent", name)
     context = toy_context(tmp_path, pairs=True)
