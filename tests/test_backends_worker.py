@@ -18,6 +18,7 @@ import onnxruntime as ort
 import psutil
 import pytest
 
+from crossed import first
 from onnxsqueeze.backends import Backend, Backends, Session, get, worker
 from onnxsqueeze.backends.process import Worker
 from onnxsqueeze.errors import MeasureError
@@ -84,7 +85,7 @@ def test_a_worker_that_fails_says_its_last_lines_without_paths(tmp_path: Path) -
     process.close()
 
 
-@pytest.mark.parametrize("busy", [False, True])
+@first("busy", [True, False])
 def test_the_death_of_its_parent_ends_a_worker(model: Path, busy: bool) -> None:
     code = (
         "import sys, pathlib, psutil, time, numpy as np\n"

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from transformers import AutoModel, AutoTokenizer
 
+from crossed import first
 from models import FAMILIES, FamilyName, random_checkpoint, run_stage, toy_context, toy_rows
 from onnxsqueeze.backends import HERE
 from onnxsqueeze.errors import RecipeError, StageError, UsageError
@@ -109,7 +110,7 @@ def test_the_losses_are_what_their_names_say() -> None:
     assert losses.similarities(one[:1], other[:1]).item() == 0
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@first("name", FAMILIES)
 def test_the_file_gives_the_encoders_mean_of_states_and_reloads_as_a_plain_encoder(tmp_path: Path, name: FamilyName) -> None:
     model = random_checkpoint(tmp_path / "model", name, head=False)
     student = embed(Distill(layers=1, **QUICK), model, tmp_path / "student", teacher=model)

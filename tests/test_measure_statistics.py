@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
+from crossed import first
 from onnxsqueeze.measure import statistics
 from onnxsqueeze.measure.statistics import (
     Floats,
@@ -78,7 +79,7 @@ def plain_bootstrap(metric: Callable[..., float], labels: Ints, predicted: Ints,
     return np.array([metric(labels[r], predicted[r]) for r in rows])
 
 
-@pytest.mark.parametrize("classes", [2, 3])
+@first("classes", [3, 2])
 def test_class_metrics_of_resamples_are_those_of_a_plain_bootstrap(classes: int) -> None:
     random = np.random.default_rng(2)
     labels = random.integers(classes, size=150)
@@ -210,7 +211,7 @@ def test_a_ratio_of_medians_resamples_processes_not_runs() -> None:
     assert (low, high) == ratio_of_medians_interval(over, under)
 
 
-@pytest.mark.parametrize("processes", [3, 5, 10])
+@first("processes", [5, 3, 10])
 def test_the_interval_of_a_ratio_holds_the_truth_nineteen_times_in_twenty(processes: int) -> None:
     """Each process is faster or slower for life, by 2 % as a standard deviation, and its runs by another 1 %."""
     random = np.random.default_rng(7)

@@ -90,6 +90,7 @@ def chain(folder: Path, *stages: Any, place: Path | None = None) -> Path:
     return here
 
 
+@first("trained", FAMILIES, through=True)
 def test_exits_are_in_the_file_reload_and_are_outputs_of_the_export(trained: tuple[Path, Any], tmp_path: Path) -> None:
     out, changed = trained
     model, family = checkpoint.load(out, toy_task())

@@ -56,7 +56,7 @@ def test_the_int8_file_computes_what_training_saw(tmp_path: Path, name: FamilyNa
     assert np.median(np.abs(got - seen)) < 0.05 * np.median(np.abs(in_float - seen))
 
 
-@pytest.mark.parametrize(("name", "per_channel"), [*((name, True) for name in FAMILIES), ("bert", False)])
+@crossed("name, per_channel", FAMILIES, [True, False])
 def test_the_file_of_fixed_ranges_computes_what_training_saw(tmp_path: Path, name: FamilyName, per_channel: bool) -> None:
     """Also where training drew a part of the rows: ranges are measured among all, as the quantizer does."""
     parent = random_checkpoint(tmp_path / "parent", name)
