@@ -197,7 +197,9 @@ def test_a_search_ends_at_the_first_trial_that_loses_little_enough_and_with_time
     parent, context = faithful(tmp_path)
     settings = {"tune": "basic", "max_trials": 5}
     _, details, every = searched(parent, context, tmp_path / "every", 100, tune_seconds=1000, **settings)
-    assert len(every) in (4, 5)  # what it proposes for the second time is no trial; whether it does depends on the scores
+    assert len(every) > 3
+    tried = {str((trial["settings"], trial["quantized"], trial["float_weights"])) for trial in every}
+    assert len(tried) == len(every), "what it proposes for the second time is no trial; whether it does depends on the scores"
     assert every[0]["quantized"] == {"Gather": 3, "MatMul": 14}
     assert (
         every[1]["to_float"] == ["/bert/encoder/layer.0/attention/self/query/MatMul", "/classifier/Gemm_MatMul"] == every[2]["to_integers"]
